@@ -1,0 +1,99 @@
+"""The command line: `python -m nanollava COMMAND --help`."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from nanollava.recipe import read_recipe
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+RecipeFile = Annotated[str, typer.Argument(help="A recipe, e.g. recipes/nano.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
+Run = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/nano")]
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train all stages of a recipe, then evaluate. `composer RECIPE` does the same."""
+    keys = read_recipe(recipe, overrides)
+    if keys.program:
+        from nanollava.sources import function_of
+
+        function_of(keys.program)(keys)
+        return
+    from nanollava.train import train as run_stages
+
+    run = run_stages(keys)
+    if keys.tasks:
+        score(run, [], 0, keys)
+    typer.echo(f'\nNext: python -m nanollava chat {run} IMAGE "what does it say?"')
+
+
+@app.command()
+def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Write the shards of a recipe's sources; training does it too."""
+    from nanollava.data import prepare as write
+
+    write(read_recipe(recipe, overrides))
+
+
+@app.command()
+def evaluate(run: Run, task: list[str] | None = None, limit: int = 0) -> None:
+    """Score a run on its recipe's tasks, at each of its settings."""
+    score(run, task or [], limit)
+
+
+def score(run: Path, tasks: list[str], limit: int, keys=None) -> None:
+    """Evaluate and print the table (first process only)."""
+    from dataclasses import replace
+
+    import torch.distributed as dist
+
+    from nanollava.evaluate import evaluate as answer
+    from nanollava.evaluate import show
+    from nanollava.generate import load
+
+    assistant = load(run)
+    if keys is not None:  # tasks may have been changed since the run was trained
+        recipe = replace(assistant.model.recipe, tasks=keys.tasks, settings=keys.settings)
+        assistant.model.recipe = recipe
+    rows = answer(assistant, run, tasks, limit)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        show(rows)
+
+
+@app.command()
+def chat(
+    run: Run, image: Path, question: str, max_grid: str | None = None,
+    max_visual_tokens: str | None = None, max_new_tokens: int = 128,
+) -> None:  # fmt: skip
+    """Ask one question about an image, and tell what the model saw."""
+    from nanollava.generate import load
+
+    assistant = load(run)
+    for piece in assistant.chat(image, question, max_grid=max_grid, stream=True,
+                                max_visual_tokens=max_visual_tokens,
+                                max_new_tokens=max_new_tokens):  # fmt: skip
+        typer.echo(piece, nl=False)
+    typer.echo(f"\n\n{assistant.seen.describe()}")
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Run a command; what a user can mend is one line, NANOLLAVA_TRACE=1 shows where it arose."""
+    try:
+        app(arguments, prog_name="nanollava", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("NANOLLAVA_TRACE"):
+            raise
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run()

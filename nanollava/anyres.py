@@ -1,0 +1,222 @@
+"""AnyRes: an image -> the best grid of tiles -> one base view and a x b tiles, uint8.
+
+`layout` holds every integer about an image, and data, model, cost and demo all read it there, so
+that they cannot disagree. The blog (Section 2): "For AnyRes with a grid configuration of width a,
+height b, and #token T per grid, the total number of visual tokens in is L=(a×b+1)×T." The budget:
+
+    T_new = tau / (a b + 1)  if L > tau,  else T
+
+Sizes are (width, height) here, and (H, W) only inside tensors.
+"""
+
+import io
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import isqrt, sqrt
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+MAX_PIXELS = 200_000_000
+GRIDS = {
+    "base": ((0, 0),),  # no tiles: the base view alone, T tokens
+    "5grids": ((2, 2), (1, 2), (1, 3), (2, 1), (3, 1)),  # the blog's baseline
+    "7grids": ((2, 2), (1, 2), (1, 3), (1, 4), (2, 1), (3, 1), (4, 1)),  # Section 2's text
+}
+
+
+@dataclass(frozen=True)
+class Visual:
+    """How an image becomes visual tokens: the recipe's `visual` keys."""
+
+    max_grid: str = "5grids"  # base | 5grids | 7grids | 6x6 (all up to) | 2x2..6x6 | 1x2+2x1
+    lift: int = 0  # resolution lifting: enlarge until the long side is at least lift * R
+    max_visual_tokens: str = "5T"  # the budget tau: "5T", "(4+1)T" or a plain number
+    budget: str = "per_view"  # per_view (the blog's formula) | mosaic (the released code)
+    pooling: str = "bilinear"  # bilinear | average
+    pool_stride: int = 1  # 2: every view is pooled to t/4, whatever the budget
+    pool_after_projector: bool = True
+    arrange: str = "raster"  # raster (tiles as one picture, a newline per row) | flat
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The integers of one image; grid (0, 0) means that the base view stands alone."""
+
+    size: tuple[int, int]  # W, H of the image, after EXIF rotation
+    tile: int  # R, pixels
+    grid: tuple[int, int]  # a columns, b rows
+    fitted: tuple[int, int]  # W, H of the whole image inside the canvas of a R x b R pixels
+    side: int  # tokens along one side of a view after pooling
+    crop: tuple[int, int, int, int]  # top, bottom, left, right: kept part of the tiles' raster
+    raster: tuple[int, int]  # rows, columns of the tiles' tokens as the LLM gets them
+    newlines: int  # one per raster row, or none
+
+    @property
+    def views(self) -> int:
+        """a b + 1: the tiles and the base view."""
+        return self.grid[0] * self.grid[1] + 1
+
+    @property
+    def tokens(self) -> int:
+        """L: visual tokens of the base view and the tiles, newlines not counted."""
+        return self.side**2 + self.raster[0] * self.raster[1]
+
+    @property
+    def length(self) -> int:
+        """Positions in the LLM's sequence: visual tokens and newlines."""
+        return self.tokens + self.newlines
+
+    @property
+    def offset(self) -> tuple[int, int]:
+        """Left and top edge of the fitted image in its canvas: it is centred on black."""
+        (a, b), (w, h) = self.grid, self.fitted
+        return (a * self.tile - w) // 2, (b * self.tile - h) // 2
+
+
+def parse_grids(text: str) -> tuple[tuple[int, int], ...]:
+    """'5grids', '3x3' (1x1 to 3x3), '2x2..6x6' or '1x2+2x1' -> (columns, rows) pairs."""
+    if text in GRIDS:
+        return GRIDS[text]
+    if re.fullmatch(r"[1-9]\d?x[1-9]\d?(\.\.[1-9]\d?x[1-9]\d?)?", text):
+        first, last = (tuple(map(int, g.split("x"))) for g in f"1x1..{text}".split("..")[-2:])
+        pairs = [(a, b) for a in range(first[0], last[0] + 1) for b in range(first[1], last[1] + 1)]
+        if pairs:
+            return tuple(pairs)
+    if re.fullmatch(r"[1-9]\d?x[1-9]\d?(\+[1-9]\d?x[1-9]\d?)+", text):
+        return tuple(tuple(map(int, g.split("x"))) for g in text.split("+"))
+    raise ValueError(
+        f"max_grid {text!r} is no grid: write {', '.join(GRIDS)}, '6x6' (all from 1x1 up to it), "
+        "'2x2..6x6' or a list like '1x2+2x1'"
+    )
+
+
+def parse_budget(text: str, T: int) -> int:
+    """'5T' or '(4+1)T' -> 5 T; a plain number stays as it is."""
+    match = re.fullmatch(r"(?:(\d+)|\((\d+)\+1\))T|(\d+)", text.replace("*", ""))
+    if not match:
+        raise ValueError(f"max_visual_tokens {text!r}: write '5T', '(4+1)T' or a number of tokens")
+    times, tiles, plain = match.groups()
+    return int(plain) if plain else T * (int(times) if times else int(tiles) + 1)
+
+
+def best_grid(size: tuple[int, int], tile: int, grids: tuple[tuple[int, int], ...]):
+    """The grid that keeps the most pixels of the image, then the one that wastes the fewest.
+
+    The first of equals wins, in integers: the image fits by its width when w H <= h W.
+    """
+    W, H = size
+
+    def rank(grid: tuple[int, int]) -> tuple[int, int]:
+        w, h = grid[0] * tile, grid[1] * tile
+        inside = (w, H * w // W) if w * H <= h * W else (W * h // H, h)
+        effective = min(inside[0] * inside[1], W * H)
+        return effective, effective - w * h
+
+    return max(grids, key=rank)
+
+
+def fit(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+    """The largest (w, h) of the image's shape inside the canvas, short side rounded up."""
+    (W, H), (w, h) = size, canvas
+    return (w, min(-(-H * w // W), h)) if w * H < h * W else (min(-(-W * h // H), w), h)
+
+
+@lru_cache(maxsize=65536)
+def layout(size: tuple[int, int], visual: Visual, tile: int, side: int) -> Layout:
+    """Plan one image of (W, H) pixels for an encoder with `side`**2 = T tokens per R x R view."""
+    tau, W, H = parse_budget(visual.max_visual_tokens, side * side), *size
+    long = max(W, H, visual.lift * tile)  # resolution lifting: the blog gives no code for it
+    W, H = -(-W * long // max(size)), -(-H * long // max(size))
+    a, b = grid = best_grid((W, H), tile, parse_grids(visual.max_grid))
+    t = -(-side // visual.pool_stride)  # t/4 of 27 x 27 is 14 x 14, as the released code rounds
+    if visual.budget == "per_view":
+        t = min(t, isqrt(tau // (a * b + 1)))  # so that L <= tau for every grid
+    if t < 1:
+        raise ValueError(
+            f"max_visual_tokens {visual.max_visual_tokens} = {tau} tokens is below one token for "
+            f"each of the {a * b + 1} views of grid {a}x{b}: raise it or lower max_grid"
+        )
+    fitted = fit((W, H), (a * tile, b * tile)) if a else (0, 0)
+    plan = Layout(size, tile, grid, fitted, t, (0, b * t, 0, a * t), (b * t, a * t), 0)
+    if visual.budget == "mosaic" and a:
+        plan = _mosaic(plan, tau - side * side)
+    return plan if visual.arrange == "flat" else replace(plan, newlines=plan.raster[0])
+
+
+def _mosaic(plan: Layout, tau: int) -> Layout:
+    """The released code's budget: cut the padding, then shrink the raster if over 1.1^2 tau.
+
+    The two square roots stay in floating point, as in HF LlavaOnevision: a processor and a model
+    that disagree by one row are the most reported bug of this family.
+    """
+    (W, H), (rows, cols) = plan.size, plan.raster
+    top = left = 0
+    if W * rows > cols * H:  # wider than the raster: cut above and below
+        top = (rows - H * cols // W) // 2
+    else:
+        left = (cols - W * rows // H) // 2
+    h, w = rows - 2 * top, cols - 2 * left
+    times = sqrt(h * w / tau) if tau > 0 else 0
+    raster = (int(h // times), int(w // times)) if times > 1.1 else (h, w)
+    if tau <= 0 or 0 in raster:
+        raise ValueError(
+            f"max_visual_tokens leaves {tau} tokens for the {h}x{w} raster of an image of {W}x{H} "
+            "pixels beside its base view: a mosaic budget must be at least 2T"
+        )
+    return replace(plan, crop=(top, rows - top, left, cols - left), raster=raster)
+
+
+def open_image(data: bytes | str | Path) -> Image.Image:
+    """Bytes or a file of any size and mode -> RGB, upright, first frame.
+
+    Raises ValueError for what cannot be read, and for more than 200 million pixels.
+    """
+    try:
+        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, limit {MAX_PIXELS:,}")
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel, or more
+            pixels = np.asarray(image, dtype=np.float32)
+            scale = 255 / max(65535.0 if pixels.max() > 255 else 255.0, 1)
+            image = Image.fromarray((pixels * scale).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"unreadable image: {error}") from error
+
+
+def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8[H, W, 3] -> uint8[3, h, w], bicubic and antialiased, for a (w, h) in pixels.
+
+    The input stays channels-last in memory, which is twice as fast here.
+    """
+    image = pixels.permute(2, 0, 1)[None]
+    return F.interpolate(image, size[::-1], mode="bicubic", antialias=True)[0]
+
+
+def cut_views(image: Image.Image, plan: Layout) -> Tensor:
+    """RGB image -> uint8[N, 3, R, R]: the whole image squashed, then its tiles, row by row."""
+    pixels = torch.from_numpy(np.asarray(image).copy())  # (H, W, 3)
+    (a, b), R = plan.grid, plan.tile
+    base = resize(pixels, (R, R))[None]
+    if not a:
+        return base
+    (left, top), (w, h) = plan.offset, plan.fitted
+    canvas = torch.zeros(3, b * R, a * R, dtype=torch.uint8)  # black, before normalisation
+    canvas[:, top : top + h, left : left + w] = resize(pixels, (w, h))
+    tiles = canvas.unflatten(1, (b, R)).unflatten(3, (a, R))  # (3, b, R, a, R)
+    return torch.cat([base, tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)])
+
+
+def stitch(views: Tensor, plan: Layout) -> Tensor:
+    """The reverse of `cut_views`: uint8[N, 3, R, R] -> the fitted image, uint8[3, h, w]."""
+    (a, b), (left, top), (w, h) = plan.grid, plan.offset, plan.fitted
+    canvas = views[1:].unflatten(0, (b, a)).permute(2, 0, 3, 1, 4)  # (3, b, R, a, R)
+    return canvas.flatten(3).flatten(1, 2)[:, top : top + h, left : left + w]

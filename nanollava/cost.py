@@ -1,0 +1,73 @@
+"""Cost: what a step computes, counted from shapes before anything runs.
+
+Useful FLOPs only: a multiply and an add are two, attention counts the causal triangle of each
+document, the lm_head counts supervised positions. Nothing is counted for padding or recomputation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanollava.model import TRAIN, VLM
+from nanollava.sequence import Document
+
+# Backward passes as forward equivalents: gradients of the inputs and of the weights cost as much
+# as the forward pass each; a frozen LLM still passes gradients on to the projector.
+PASSES = {
+    "encoder": lambda trained: 3 if "encoder" in trained else 1,
+    "projector": lambda trained: 3 if "encoder" in trained else 2,
+    "llm": lambda trained: 3 if "llm" in trained else 2,
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Forward FLOPs of a model's parts."""
+
+    view: int  # encoder, per view
+    token: int  # projector, per token
+    position: int  # the LLM's matrices, per position
+    pair: int  # attention, per (query, key) pair of all layers
+    supervised: int  # lm_head, per supervised token
+
+
+def rates(model: VLM) -> Rates:
+    """Measure one view on the model's device; the rest follows from the matrices' sizes."""
+    black = torch.zeros(1, 3, model.row.tile, model.row.tile, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.encoder(black.to(model.newline.device))
+    matrices = lambda part: sum(
+        m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear)
+    )
+    config = model.llm.config
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    width = heads * getattr(config, "head_dim", config.hidden_size // heads)
+    return Rates(
+        view=counter.get_total_flops(),
+        token=2 * matrices(model.projector),
+        position=2 * matrices(model.llm.model),
+        pair=4 * layers * width,
+        supervised=2 * model.llm.lm_head.weight.numel(),
+    )
+
+
+def forward_flops(rate: Rates, documents: Sequence[Document], T: int, after: bool) -> dict:
+    """Forward FLOPs of a batch by part; `after`: the projector runs before pooling, on all T."""
+    plans = [plan for d in documents for plan in d.layouts]
+    views = sum(plan.views for plan in plans)
+    lengths = [len(d.ids) for d in documents]
+    return {
+        "encoder": rate.view * views,
+        "projector": rate.token * (views * T if after else sum(plan.tokens for plan in plans)),
+        "llm": rate.position * sum(lengths) + rate.pair * sum(n * (n + 1) // 2 for n in lengths),
+        "lm_head": rate.supervised * sum(d.learned for d in documents),
+    }
+
+
+def step_flops(forward: dict[str, int], train: str) -> int:
+    """A training step's FLOPs from its forward FLOPs, for a stage that trains `train`."""
+    passes = {part: count(TRAIN[train]) for part, count in PASSES.items()}
+    return sum(n * passes["llm" if part == "lm_head" else part] for part, n in forward.items())

@@ -1,0 +1,127 @@
+"""Data: records -> MDS shards, once -> documents, shuffled and mixed by mosaicml-streaming.
+
+`prepare` keeps each image's original bytes and can be stopped at any time: a source is written to
+a folder named `.part` that gets its real name when it is complete. What cannot be read is counted,
+named in `bad.json` and left out; nothing is ever replaced by another sample.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from streaming import MDSWriter, Stream, StreamingDataLoader, StreamingDataset
+from tqdm import tqdm
+
+from nanollava.anyres import open_image
+from nanollava.prompts import read_turns
+from nanollava.recipe import Recipe, Stage
+from nanollava.sequence import Document, Writer
+from nanollava.sources import Source, images_of, records
+
+COLUMNS = {"id": "str", "image": "bytes", "sizes": "json", "conversations": "json", "source": "str"}
+
+
+def shard_folder(recipe: Recipe, name: str) -> Path:
+    """Where a source's shards lie: its name, and a hash of all that its content depends on."""
+    source = recipe.sources[name]
+    key = json.dumps([asdict(source), recipe.seed])
+    file = Path(source.path.rpartition(":")[0])
+    code = file.read_bytes() if file.suffix == ".py" and file.is_file() else b""
+    return Path(recipe.data) / f"{name}-{hashlib.sha256(key.encode() + code).hexdigest()[:10]}"
+
+
+def usable(source: Source, seed: int, bad: list[str]) -> Iterator[dict]:
+    """The records of a source whose conversation and images can be read; the others to `bad`."""
+    for record in records(source, seed):
+        try:
+            images = images_of(record)
+            for data in images:
+                open_image(data)
+            read_turns(record["conversations"], len(images))
+        except (ValueError, KeyError, OSError) as error:
+            bad.append(f"{record.get('id')}: {error}")
+            continue
+        yield record
+
+
+def prepare_source(recipe: Recipe, name: str) -> Path:
+    """Write one source's shards unless they are there; returns their folder."""
+    folder, source = shard_folder(recipe, name), recipe.sources[name]
+    if folder.is_dir():
+        return folder
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    bad: list[str] = []
+    bar = tqdm(usable(source, recipe.seed, bad), f"prepare {name}", source.samples or None)
+    with MDSWriter(out=str(part), columns=COLUMNS, size_limit="64mb") as writer:
+        for record in bar:
+            images = images_of(record)
+            writer.write({
+                "id": str(record["id"]), "image": b"".join(images),
+                "sizes": [len(data) for data in images],
+                "conversations": record["conversations"], "source": name,
+            })  # fmt: skip
+    if bad:
+        (part / "bad.json").write_text(json.dumps(bad, indent=1))
+        print(f"  {name}: {len(bad)} records left out, first: {bad[0]} (all in {folder}/bad.json)")
+    part.rename(folder)
+    return folder
+
+
+def prepare(recipe: Recipe) -> None:
+    """Write the shards of every source that a stage uses."""
+    used = {name for stage in recipe.stages.values() if stage for name in stage.sources}
+    for name in sorted(used):
+        prepare_source(recipe, name)
+
+
+def split_images(data: bytes, sizes: list[int]) -> list[bytes]:
+    """The shards keep a sample's images end to end: cut them apart again."""
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [data[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+class Documents(StreamingDataset):
+    """Shards of several sources -> documents, made in the loader's worker processes."""
+
+    def __init__(self, writer: Writer, **kwargs):
+        super().__init__(**kwargs)
+        self.writer = writer
+
+    def __getitem__(self, i: int) -> Document:
+        row = super().__getitem__(i)
+        images = [open_image(data) for data in split_images(row["image"], row["sizes"])]
+        turns = read_turns(row["conversations"], len(images))
+        return self.writer(turns, images, name=row["id"], source=row["source"])
+
+
+class Loader(StreamingDataLoader):
+    """Batches are lists of documents; streaming counts what was seen by their length."""
+
+    def _get_batch_size(self, batch: list[Document]) -> int:
+        return len(batch)
+
+
+def make_loader(recipe: Recipe, stage: Stage, writer: Writer, processes: int) -> Loader:
+    """One stage's mix. The order depends on the seed alone, not on the number of processes."""
+    if stage.batch_size % processes:
+        raise ValueError(
+            f"batch_size {stage.batch_size} does not divide among {processes} processes"
+        )
+    batch = stage.batch_size // processes
+    streams = [
+        Stream(local=str(shard_folder(recipe, name)), repeat=times)
+        for name, times in stage.sources.items()
+        if times
+    ]
+    dataset = Documents(
+        writer, streams=streams, shuffle=True, shuffle_seed=recipe.seed, batch_size=batch,
+        num_canonical_nodes=1,
+    )  # fmt: skip
+    return Loader(
+        dataset, batch_size=batch, num_workers=recipe.workers, collate_fn=list, drop_last=True,
+        persistent_workers=False, prefetch_factor=4 if recipe.workers else None,
+    )  # fmt: skip

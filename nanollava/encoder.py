@@ -1,0 +1,112 @@
+"""The vision encoder: views uint8[N, 3, R, R] -> features float[N, T, C].
+
+One row per encoder, one code path: open_clip builds the tower, `forward_intermediates` reads it.
+The tower is cut at its feature layer when it is loaded: later blocks, the norm after them and the
+pooling head are dropped, so every parameter that is left gets a gradient. The feature layers are
+the released code's: CLIP block 23 of 24, SigLIP block 26 of 27, EVA the last block; the class
+token is never used.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.transformer import VisionTransformer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One encoder: R = `tile` pixels, T = (tile / patch)^2 tokens, C = `width` channels."""
+
+    tile: int
+    patch: int
+    width: int
+    blocks: int  # blocks kept, counted from the first: the feature layer
+    mean: tuple = HALF
+    std: tuple = HALF
+    open_clip: str = ""  # open_clip's model name and the tag of its published weights
+    tag: str = ""
+    heads: int = 0  # the rest only for towers that are built here
+    stem: tuple[int, ...] = ()  # channels of the convolutional stem in place of `conv1`
+
+    @property
+    def side(self) -> int:
+        """Tokens along one side of a view: T = side * side (384 / 14 = 27, the rest is cut)."""
+        return self.tile // self.patch
+
+
+ENCODERS = {
+    "clip_l_224": Row(224, 14, 1024, 23, CLIP_MEAN, CLIP_STD, "ViT-L-14-quickgelu", "openai"),
+    "clip_l_336": Row(336, 14, 1024, 23, CLIP_MEAN, CLIP_STD, "ViT-L-14-336-quickgelu", "openai"),
+    "eva02_e_224": Row(224, 14, 1792, 64, CLIP_MEAN, CLIP_STD, "EVA02-E-14", "laion2b_s4b_b115k"),
+    "so400m_384": Row(384, 14, 1152, 26, HALF, HALF, "ViT-SO400M-14-SigLIP-384", "webli"),
+    "nano_s": Row(48, 8, 64, 2, heads=4, stem=(24, 48, 64)),
+    "nano_m": Row(48, 8, 96, 3, heads=6, stem=(24, 64, 96)),
+    "nano_l": Row(48, 8, 160, 4, heads=10, stem=(32, 96, 128)),
+}
+
+
+class Encoder(nn.Module):
+    """A vision tower cut at its feature layer; pixels are normalised here, on the device."""
+
+    def __init__(self, row: Row, visual: nn.Module):
+        super().__init__()
+        self.row, self.visual = row, visual
+        self.register_buffer("mean", torch.tensor(row.mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(row.std).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, views: Tensor) -> Tensor:
+        """uint8[N, 3, R, R] -> float[N, T, C]."""
+        pixels = (views - self.mean) / self.std
+        out = self.visual.forward_intermediates(
+            pixels, indices=1, intermediates_only=True, output_fmt="NLC"
+        )
+        return out["image_intermediates"][-1]
+
+
+def conv_stem(channels: tuple[int, ...], width: int) -> nn.Sequential:
+    """Three 3x3 convolutions (strides 2, 2, 1), then 2x2 to one token per 8x8 patch.
+
+    It stands in for the linear patch embedding of the nano towers: at this size it learns to
+    read glyphs that do not sit on the patch grid several times sooner.
+    """
+    layers, before = [], 3
+    for out, stride in zip(channels, (2, 2, 1), strict=True):
+        layers += [nn.Conv2d(before, out, 3, stride, padding=1), nn.ReLU()]
+        before = out
+    for conv in layers[::2]:
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        nn.init.zeros_(conv.bias)
+    return nn.Sequential(*layers, nn.Conv2d(before, width, 2, 2, bias=False))
+
+
+def build(row: Row, weights: str = "published") -> Encoder:
+    """An encoder with published weights, weights of a .safetensors file, or random ones.
+
+    Raises FileNotFoundError when the file is missing, and open_clip's error when a published
+    tag cannot be fetched.
+    """
+    if row.open_clip:
+        tag = row.tag if weights == "published" else None
+        visual = open_clip.create_model(row.open_clip, pretrained=tag).visual
+        cut = getattr(visual, "trunk", visual)  # timm's tower stands behind a wrapper
+    else:
+        visual = cut = VisionTransformer(
+            row.tile, row.patch, row.width, row.blocks, row.heads, mlp_ratio=4.0, output_dim=1
+        )
+        visual.conv1 = conv_stem(row.stem, row.width)
+    cut.prune_intermediate_layers([row.blocks - 1], prune_norm=True, prune_head=True)
+    if weights not in ("published", "random"):
+        if not Path(weights).is_file():
+            raise FileNotFoundError(
+                f"encoder_weights: {weights} is not a file; give a .safetensors of the cut "
+                "tower, `published` or `random`"
+            )
+        visual.load_state_dict(load_file(weights))
+    return Encoder(row, visual)

@@ -1,0 +1,143 @@
+"""Evaluation: a model over the recipe's tasks at each of its settings, resumable.
+
+Each (task, setting) is one line of results.jsonl with a 95% bootstrap interval over questions;
+what is there for the same weights is not done again. With several processes each answers its
+share. A nano task is named nano-something: it is no benchmark.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import bootstrap
+from tqdm import tqdm
+
+from nanollava.anyres import Visual, open_image
+from nanollava.metrics import METRICS
+from nanollava.prompts import Turn, read_turns
+from nanollava.recipe import Recipe, Task, check
+from nanollava.sequence import Document, Writer
+from nanollava.sources import Source, images_of, records
+
+BATCH = 8192  # positions of a batch of prompts
+
+
+def questions(task: Task, seed: int) -> list[tuple[list[Turn], list[bytes], str]]:
+    """(turns up to the question, image bytes, reference answer) of each record of a task."""
+    out = []
+    for record in records(Source(task.path, task.split, task.samples), seed):
+        images = images_of(record)
+        *turns, last = read_turns(record["conversations"], len(images))
+        out.append((turns, images, str(record.get("answer", last.text))))
+    return out
+
+
+def answer_all(assistant: Any, writer: Writer, items: Sequence[tuple], room: int, title: str):
+    """Answers to items (turns, images, ...), longest prompts first, with a progress bar."""
+    documents: list[tuple[int, Document]] = []
+    for i, (turns, images, *_) in enumerate(items):
+        pictures = [open_image(data) for data in images]
+        documents.append((i, writer(turns, pictures, name=f"{title} {i}", answer=True)))
+    documents.sort(key=lambda pair: -len(pair[1].ids))
+    answers, bar = [""] * len(items), tqdm(total=len(items), desc=title, disable=None, leave=False)
+    while documents:
+        n = max(1, BATCH // (len(documents[0][1].ids) + room))
+        batch, documents = documents[:n], documents[n:]
+        for (i, _), text in zip(batch, assistant.answer([d for _, d in batch], room), strict=True):
+            answers[i] = text
+        bar.update(len(batch))
+    bar.close()
+    return answers
+
+
+def interval(rows: np.ndarray, total: Any, seed: int = 0) -> tuple[float, float]:
+    """95% percentile bootstrap over questions of `total`(rows)."""
+    if len(rows) < 2 or (rows == rows[0]).all():
+        return (total(rows),) * 2
+    found = bootstrap(
+        (np.arange(len(rows)),), lambda i: total(rows[i]), n_resamples=1000, vectorized=False,
+        method="percentile", random_state=seed,
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
+
+
+def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict[str, Any] | None:
+    """One task at one setting -> its result row (None on all processes but the first)."""
+    recipe: Recipe = assistant.model.recipe
+    if task.metric not in METRICS:
+        raise ValueError(f"tasks.{name}.metric: {task.metric!r}; known: {', '.join(METRICS)}")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    start, items = time.perf_counter(), questions(task, recipe.seed)
+    mine = items[rank::world]
+    writer = assistant.model.writer(visual)
+    answers = answer_all(assistant, writer, mine, task.max_new_tokens, name)
+    pairs = [(text, item[2]) for text, item in zip(answers, mine, strict=True)]
+    if world > 1:
+        shares: list = [None] * world
+        dist.all_gather_object(shares, pairs)
+        pairs = [pair for share in shares for pair in share]
+    if rank:
+        return None
+    score, total = METRICS[task.metric]
+    rows = np.array([score(p, r) for p, r in pairs], dtype=float)
+    low, high = interval(rows, total)
+    return {
+        "task": name, "metric": task.metric, "score": round(float(total(rows)), 4),
+        "low": round(low, 4), "high": round(high, 4), "n": len(pairs),
+        "seconds": round(time.perf_counter() - start, 2), "seed": recipe.seed,
+        "visual": asdict(visual),
+    }  # fmt: skip
+
+
+def evaluate(assistant: Any, run: str | Path, only: Sequence[str] = (), limit: int = 0) -> list:
+    """All tasks of the recipe at all of its settings; returns and appends the result rows."""
+    recipe, run = assistant.model.recipe, Path(run)
+    tasks = {k: t for k, t in recipe.tasks.items() if t and (not only or k in only)}
+    unknown = set(only) - set(recipe.tasks)
+    if unknown:
+        raise ValueError(f"unknown tasks {sorted(unknown)}; this recipe has {list(recipe.tasks)}")
+    file = run / "results.jsonl"
+    weights = hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()[:12]
+    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = []
+    for setting, changes in (recipe.settings or {"recipe": {}}).items():
+        visual = check(replace(recipe, visual=replace(recipe.visual, **changes))).visual
+        for name, task in tasks.items():
+            task = replace(task, samples=limit or task.samples)
+            key = {"task": name, "setting": setting, "weights": weights, "asked": task.samples}
+            row = next((r for r in done if key.items() <= r.items()), None)
+            if row is None:
+                row = evaluate_task(assistant, name, task, visual)
+                if row is None:
+                    continue
+                row = {**key, **row}
+                with file.open("a") as out:
+                    out.write(json.dumps(row) + "\n")
+            rows.append(row)
+    return rows
+
+
+def show(rows: Sequence[dict], console: Console | None = None) -> None:
+    """Print scores by task and setting, each with its 95% interval."""
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    table = Table(title="score in %, with its 95% interval over questions")
+    table.add_column("task")
+    table.add_column("metric")
+    for setting in settings:
+        table.add_column(setting, justify="right")
+    for name in dict.fromkeys(row["task"] for row in rows):
+        mine = {row["setting"]: row for row in rows if row["task"] == name}
+        cells = [
+            "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * mine[s][k] for k in ("score", "low", "high")))
+            if s in mine else "" for s in settings
+        ]  # fmt: skip
+        table.add_row(name, next(iter(mine.values()))["metric"], *cells)
+    (console or Console()).print(table)

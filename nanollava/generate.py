@@ -1,0 +1,200 @@
+"""Generation: documents -> answers, greedily, with a KV cache and without padding.
+
+    llava = nanollava.load("runs/nano")
+    llava.chat("page.png", "what is the tax?")            # one answer
+    for piece in llava.chat(image, question, stream=True): # the same, as it is written
+
+A batch is one packed row: prompts of any length first, then one position per unfinished answer.
+A second question on the same images reuses the keys and values that the first one left.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from nanollava.anyres import Layout, open_image
+from nanollava.llm import Cache
+from nanollava.model import VLM
+from nanollava.model import load as load_model
+from nanollava.prompts import IMAGE, PLACEHOLDER, Turn, stop_ids
+from nanollava.recipe import check
+from nanollava.sequence import Document, pack
+
+Picture = str | Path | bytes | Image
+
+
+@dataclass
+class Seen:
+    """What the last answer was made from."""
+
+    layouts: tuple[Layout, ...] = ()
+    positions: int = 0  # of the prompt
+    reused: int = 0  # of those, taken from the cache
+    first: float = 0.0  # seconds to the first token
+    seconds: float = 0.0
+    tokens: int = 0  # written
+
+    def describe(self) -> str:
+        """What the model saw, a line per image, and how fast it answered."""
+        lines = []
+        for p in self.layouts:
+            (a, b), (w, h) = p.grid, p.fitted if p.grid[0] else (p.tile, p.tile)
+            grid = f"grid {a}x{b} + base view" if a else "base view only"
+            lines.append(
+                f"saw {p.size[0]}x{p.size[1]} pixels as {grid}, {p.views} views of {p.tile}x{p.tile}"
+                f" (scale {w / p.size[0]:.2f} x {h / p.size[1]:.2f}), {p.tokens} visual tokens"
+                f" + {p.newlines} newlines"
+            )
+        return "\n".join([*lines, (
+            f"prompt {self.positions} positions, {self.reused} reused; first token "
+            f"{self.first:.3f} s, {self.tokens} tokens in {self.seconds:.3f} s"
+        )])  # fmt: skip
+
+
+@dataclass
+class Memory:
+    """Keys and values of the last conversation, and what they stand for."""
+
+    cache: Cache | None = None
+    ids: list[int] = field(default_factory=list)
+    pictures: object = None
+
+
+class Assistant:
+    """A model that answers."""
+
+    def __init__(self, model: VLM):
+        self.model, self.seen, self.memory = model.eval(), Seen(), Memory()
+
+    @torch.inference_mode()
+    def stream(
+        self, documents: Sequence[Document], room: int, template: str = "",
+        cache: Cache | None = None, skip: int = 0,
+    ) -> Iterator[list[int | None]]:  # fmt: skip
+        """Yield each step's token of every document, None for those that have ended.
+
+        With a `cache` the first `skip` positions of the only document are in it already.
+        """
+        model, keys = self.model, self.model.recipe
+        stops = stop_ids(model.tokenizer, template or keys.template)
+        row = pack([_after(d, skip) for d in documents], model.row.tile).to(model.newline.device)
+        lengths, cache = list(row.lengths), cache or Cache([len(d.ids) + room for d in documents])
+        alive, positions = [True] * len(documents), row.positions + skip
+        with model.autocast():
+            embeds = model.embed(row)  # (1, S, D)
+            for _ in range(room):
+                ids = self._next(embeds, positions, lengths, cache)
+                found = iter(ids.tolist())
+                out = [next(found) if a else None for a in alive]
+                alive = [a and t not in stops for a, t in zip(alive, out, strict=True)]
+                yield [t if a else None for t, a in zip(out, alive, strict=True)]
+                if not any(alive):
+                    return
+                lengths = [int(a) for a in alive]
+                kept = [t for t, a in zip(out, alive, strict=True) if a]
+                at = [u for u, a in zip(cache.used, alive, strict=True) if a]
+                tokens, positions = torch.tensor([kept, at], device=ids.device)[:, None]
+                embeds = model.llm.get_input_embeddings()(tokens)  # (1, alive, D)
+
+    def _next(self, embeds: Tensor, positions: Tensor, lengths: list[int], cache: Cache) -> Tensor:
+        """One pass over a row; the likeliest next id of every document with positions in it."""
+        hidden = self.model.llm.model(
+            inputs_embeds=embeds, position_ids=positions, documents=lengths, cache=cache,
+            use_cache=False,
+        ).last_hidden_state[0]  # fmt: skip
+        cache.advance(lengths)
+        ends = torch.tensor([n for n in lengths if n], device=hidden.device).cumsum(0) - 1
+        return self.model.llm.lm_head(hidden[ends]).argmax(-1)
+
+    def answer(self, documents: Sequence[Document], room: int, template: str = "") -> list[str]:
+        """Answers to a batch of prompts, each of at most `room` tokens."""
+        written: list[list[int]] = [[] for _ in documents]
+        for step in self.stream(documents, room, template):
+            for ids, token in zip(written, step, strict=True):
+                if token is not None:
+                    ids.append(token)
+        return self.model.tokenizer.batch_decode(written, skip_special_tokens=True)
+
+    def chat(
+        self,
+        images: Picture | Sequence[Picture] | None,
+        text: str,
+        history: Sequence[tuple[str, str]] | None = None,
+        max_grid: str | None = None,
+        max_visual_tokens: str | int | None = None,
+        max_new_tokens: int = 128,
+        stream: bool = False,
+    ) -> str | Iterator[str]:
+        """Answer a question about images, after the (question, answer) pairs of `history`.
+
+        `max_grid` and `max_visual_tokens` replace the recipe's. `self.seen` then tells the grid,
+        tokens and times. Raises ValueError for an unreadable image or an impossible setting.
+        """
+        images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
+        pictures = [x if isinstance(x, Image) else open_image(x) for x in images]
+        pictures = [x if x.mode == "RGB" else x.convert("RGB") for x in pictures]
+        changes = {"max_grid": max_grid, "max_visual_tokens": max_visual_tokens}
+        changes = {k: str(v) for k, v in changes.items() if v is not None}
+        visual = replace(self.model.recipe.visual, **changes)
+        check(replace(self.model.recipe, visual=visual))
+        questions = [*(history or []), (text, None)]
+        turns = []
+        for i, (question, reply) in enumerate(questions):
+            n = len(pictures) if i == 0 else 0
+            turns.append(Turn("user", f"{PLACEHOLDER}\n" * n + question, n))
+            turns += [Turn("assistant", reply)] if reply is not None else []
+        document = self.model.writer(visual)(turns, pictures, name="chat", answer=True)
+        key = (visual, [(x.size, hash(x.tobytes())) for x in pictures])
+        pieces = self._speak(document, key, max_new_tokens)
+        return pieces if stream else "".join(pieces)
+
+    def _speak(self, document: Document, key: object, room: int) -> Iterator[str]:
+        """Pieces of one answer; keeps its keys and values for the next question."""
+        ids, start = document.ids.tolist(), time.perf_counter()
+        skip = self._reusable(ids, key)
+        cache = Cache([len(ids) + room])
+        if skip:
+            cache = self.memory.cache.fork(0, cache.room, skip)
+        self.seen = Seen(document.layouts, len(ids), skip)
+        written: list[int] = []
+        said = ""
+        for (token,) in self.stream([document], room, cache=cache, skip=skip):
+            self.seen.first = self.seen.first or time.perf_counter() - start
+            if token is not None:
+                written.append(token)
+                text = self.model.tokenizer.decode(written, skip_special_tokens=True)
+                if not text.endswith("\ufffd"):  # half of a character
+                    yield text[len(said) :]
+                    said = text
+        self.seen.seconds, self.seen.tokens = time.perf_counter() - start, len(written)
+        self.memory = Memory(cache, (ids + written)[: cache.used[0]], key)
+
+    def _reusable(self, ids: list[int], key: object) -> int:
+        """How many first positions the last conversation shares: all of its images, or none."""
+        if self.memory.cache is None or self.memory.pictures != key:
+            return 0
+        pairs = zip(ids[:-1], self.memory.ids, strict=False)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        shared = min(len(ids) - 1, len(self.memory.ids)) if shared is None else shared
+        return shared if IMAGE not in ids[shared:] else 0
+
+
+def _after(document: Document, skip: int) -> Document:
+    """The document without its first positions, whose images are in the cache."""
+    if not skip:
+        return document
+    none = document.views[:0]
+    return replace(
+        document, ids=document.ids[skip:], labels=document.labels[skip:], views=none, layouts=()
+    )
+
+
+def load(run: str | Path, device: str = "") -> Assistant:
+    """A run folder, or the folder of one of its stages, ready to chat."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Assistant(load_model(run, device))

@@ -1,0 +1,136 @@
+"""The LLM: a pretrained decoder from transformers, and attention over packed documents.
+
+A row of S positions holds several documents one after another. Attention never crosses from one
+to the next, so a packed row equals as many separate forward passes, and nothing is ever padded.
+`packed_attention` is registered through transformers' public interfaces; on the CPU it runs one
+causal sdpa per document, on CUDA flash-attn's variable-length kernel where that is installed.
+"""
+
+from functools import cache as cached
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.masking_utils import AttentionMaskInterface
+
+
+class Cache:
+    """Keys and values of several documents, a buffer each, so that generation pads nothing.
+
+    `room[i]` is the length that document i may reach; `used[i]` how much of it is filled.
+    """
+
+    def __init__(self, room: list[int]):
+        self.room, self.used = list(room), [0] * len(room)
+        self.buffers: dict[int, list[Tensor]] = {}  # layer -> per document (2, H, room, d)
+
+    def extend(self, layer: int, key: Tensor, value: Tensor, lengths: list[int]):
+        """Append (H, S, d) of packed documents; returns each one's keys and values so far."""
+        if layer not in self.buffers:
+            H, _, d = key.shape
+            self.buffers[layer] = [key.new_empty(2, H, n, d) for n in self.room]
+        out, start = [], 0
+        for i, n in enumerate(lengths):
+            buffer, end = self.buffers[layer][i], self.used[i] + n
+            buffer[0, :, self.used[i] : end] = key[:, start : start + n]
+            buffer[1, :, self.used[i] : end] = value[:, start : start + n]
+            out.append(buffer[:, :, :end])
+            start += n
+        return out
+
+    def advance(self, lengths: list[int]) -> None:
+        """Call once after a forward pass over all layers."""
+        self.used = [u + n for u, n in zip(self.used, lengths, strict=True)]
+
+    def fork(self, i: int, room: list[int], length: int) -> "Cache":
+        """Several documents that all begin with the first `length` positions of document i."""
+        new = Cache(room)
+        new.used = [length] * len(room)
+        for layer, buffers in self.buffers.items():
+            H, d = buffers[i].shape[1], buffers[i].shape[3]
+            new.buffers[layer] = [buffers[i].new_empty(2, H, n, d) for n in room]
+            for buffer in new.buffers[layer]:
+                buffer[:, :, :length] = buffers[i][:, :, :length]
+        return new
+
+
+@cached
+def flash_varlen():
+    """flash-attn's variable-length kernel, or None: an optional extra, looked for at first use."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+def one_document(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Causal attention of one document, (H, q, d) over (H, k, d): the q last of k positions."""
+    q, k = query.shape[1], key.shape[1]
+    mask = None
+    if 1 < q < k:  # new tokens after a cached prefix: the causal triangle ends at the lower right
+        mask = torch.ones(q, k, dtype=torch.bool, device=query.device).tril(k - q)
+    return F.scaled_dot_product_attention(
+        query[None], key[None], value[None], attn_mask=mask, is_causal=1 < q == k, scale=scale
+    )[0]
+
+
+def packed_attention(
+    module: nn.Module, query, key, value, attention_mask, scaling=None, documents=None, cache=None,
+    **_,
+):  # fmt: skip
+    """query (1, H, S, d), key and value (1, H_kv, S, d) -> (1, S, H, d), None.
+
+    `documents`: the lengths of the packed documents, which add up to S; `cache`: theirs, if any.
+    """
+    groups = query.shape[1] // key.shape[1]
+    lengths = documents or [query.shape[2]]
+    kernel = flash_varlen() if query.is_cuda and cache is None else None
+    if kernel:
+        ends = torch.tensor([0, *lengths], device=query.device).cumsum(0, dtype=torch.int32)
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, H, d)
+        out = kernel(*rows, ends, ends, max(lengths), max(lengths), softmax_scale=scaling,
+                     causal=True)  # fmt: skip
+        return out[None], None
+    if cache is not None:
+        pairs = cache.extend(module.layer_idx, key[0], value[0], lengths)
+    else:
+        pairs = list(zip(key[0].split(lengths, 1), value[0].split(lengths, 1), strict=True))
+    out = [
+        one_document(q, *(x.repeat_interleave(groups, 0) if groups > 1 else x for x in kv), scaling)
+        for q, kv in zip(query[0].split(lengths, 1), pairs, strict=True)
+    ]
+    return torch.cat(out, dim=1).transpose(0, 1)[None], None
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)  # documents need no mask
+
+
+def _local(name: str) -> None:
+    """A folder that should be there must be: a hub id has no leading dot or slash."""
+    if name.startswith((".", "/", "~")) and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"llm: {name} has no config.json; give a folder with config.json, model.safetensors "
+            "and tokenizer files, or a hub id"
+        )
+
+
+def load_tokenizer(name: str):
+    """The fast tokenizer of a hub id or folder (offsets are what the label mask is built from)."""
+    _local(name)
+    return AutoTokenizer.from_pretrained(name, use_fast=True)
+
+
+def load_llm(name: str, weights: str = "published", dtype: torch.dtype = torch.float32):
+    """A causal LM with packed attention: `published` weights, or `random` ones of its config."""
+    _local(name)
+    config = AutoConfig.from_pretrained(name)  # its own object: the attention is set in it
+    if weights == "random":
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
+        return model.to(dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        name, config=config, attn_implementation="packed", dtype=dtype, use_safetensors=True
+    )

@@ -1,0 +1,171 @@
+"""The model: the parts in a row, the loss, what trains, and how it is saved and loaded.
+
+    views -> encoder -> features -> projector -> pooling -> visual tokens -> LLM -> loss
+
+`pool_after_projector: false` swaps projector and pooling.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanollava.anyres import Layout, Visual
+from nanollava.encoder import ENCODERS, build
+from nanollava.llm import load_llm, load_tokenizer
+from nanollava.pooling import add_newlines, pool
+from nanollava.projector import Projector
+from nanollava.recipe import Recipe, read_recipe, write_recipe
+from nanollava.sequence import Pack, Writer
+
+# What a stage trains; the learned newline goes with the projector.
+TRAIN = {
+    "projector": ("projector", "newline"),
+    "projector+llm": ("projector", "newline", "llm"),
+    "full": ("encoder", "projector", "newline", "llm"),
+}
+
+
+class VLM(nn.Module):
+    """Vision encoder, projector and LLM over packed rows."""
+
+    def __init__(self, recipe: Recipe, weights: str = ""):
+        super().__init__()
+        self.recipe, self.row = recipe, ENCODERS[recipe.encoder]
+        self.encoder = build(self.row, weights or recipe.encoder_weights)
+        self.llm = load_llm(recipe.llm, weights or recipe.llm_weights)
+        self.tokenizer = load_tokenizer(recipe.llm)
+        words = self.llm.get_input_embeddings().weight
+        rms = words.detach().float().square().mean().sqrt().item()
+        dim, scale = words.shape[1], rms if recipe.projector_norm else 0.0
+        self.projector = Projector(self.row.width, dim, recipe.connector, scale)
+        self.newline = nn.Parameter(torch.randn(dim) * rms)
+
+    def writer(self, visual: Visual | None = None, template: str = "") -> Writer:
+        """What turns conversations and images into documents for this model."""
+        keys = self.recipe
+        return Writer(
+            self.tokenizer, visual or keys.visual, self.row.tile, self.row.side,
+            template or keys.template, keys.label_mask, keys.max_length,
+        )  # fmt: skip
+
+    def autocast(self) -> torch.autocast:
+        """bf16 where the device computes in it; parameters and the loss stay float32."""
+        kind = self.newline.device.type
+        able = kind == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        return torch.autocast(
+            kind, torch.bfloat16, enabled=able and self.recipe.precision == "auto"
+        )
+
+    def see(self, views: Tensor, layouts: tuple[Layout, ...]) -> Tensor:
+        """uint8[N, 3, R, R], the views of all images -> visual tokens and newlines (V, D)."""
+        keys = self.recipe.visual
+        x = self.encoder(views)  # (N, T, C)
+        if keys.pool_after_projector:
+            x = self.projector(x)  # (N, T, D)
+        images = x.split([plan.views for plan in layouts])
+        images = [pool(f, plan, keys.pooling, keys.arrange == "flat")
+                  for f, plan in zip(images, layouts, strict=True)]  # fmt: skip
+        if not keys.pool_after_projector:
+            lengths = [len(x) for x in images]
+            images = self.projector(torch.cat(images)).split(lengths)
+        rows = [add_newlines(x, plan, self.newline)
+                for x, plan in zip(images, layouts, strict=True)]  # fmt: skip
+        return torch.cat(rows) + 0 * self.newline  # a gradient even where no image has tiles
+
+    def embed(self, pack: Pack) -> Tensor:
+        """A pack's words and visual tokens as one row (1, S, D)."""
+        row = self.llm.get_input_embeddings()(pack.ids)  # (S, D)
+        if pack.layouts:
+            seen = self.see(pack.views, pack.layouts)
+            return row.index_copy(0, pack.visual, seen.to(row.dtype))[None]
+        # Text only: a black view at weight 0, so that every rank has a gradient for everything.
+        R = self.row.tile
+        black = torch.zeros(1, 3, R, R, dtype=torch.uint8, device=row.device)
+        nothing = self.projector(self.encoder(black)).sum() + self.newline.sum()
+        return (row + 0 * nothing)[None]
+
+    def forward(self, pack: Pack) -> Tensor:
+        """A pack -> the loss of each learned token, float32[K], its K targets in order."""
+        documents = list(pack.lengths) if self.recipe.isolate_documents else [len(pack.ids)]
+        with self.autocast():
+            row = self.embed(pack)  # (1, S, D)
+            hidden = self.llm.model(
+                inputs_embeds=row, position_ids=pack.positions, documents=documents, use_cache=False
+            ).last_hidden_state[0]  # (S, D)
+            logits = self.llm.lm_head(hidden[pack.predict])  # (K, vocabulary)
+        losses = F.cross_entropy(logits.float(), pack.targets, reduction="none")
+        return losses if len(losses) else hidden.sum()[None] * 0
+
+    def set_trainable(self, train: str) -> dict[str, int]:
+        """Freeze all but what a stage trains; returns {part: parameters that train}."""
+        counts = {}
+        for name in ("encoder", "projector", "newline", "llm"):
+            part = getattr(self, name).requires_grad_(name in TRAIN[train])
+            size = part.numel() if name == "newline" else sum(p.numel() for p in part.parameters())
+            counts[name] = size if name in TRAIN[train] else 0
+        return counts
+
+    def groups(self, lr: float, vision_lr: float, projector_lr: float, decay: float) -> list[dict]:
+        """Optimizer groups: encoder, projector with newline, LLM; no decay on vectors."""
+        rates = {"encoder": vision_lr, "projector": projector_lr, "newline": projector_lr}
+        groups: dict[tuple, list] = {}
+        for name, p in self.named_parameters():
+            if p.requires_grad:
+                rate = rates.get(name.split(".")[0], lr)
+                groups.setdefault((rate, decay if p.ndim > 1 else 0.0), []).append(p)
+        return [{"params": ps, "lr": r, "weight_decay": d} for (r, d), ps in groups.items()]
+
+
+def save(model: VLM, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write recipe.yaml, config.json, the tokenizer and, last, model.safetensors."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_recipe(model.recipe, folder / "recipe.yaml")
+    config = json.loads(model.llm.config.to_json_string(use_diff=False))
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    model.tokenizer.save_pretrained(folder)
+    state = {k: v.contiguous() for k, v in (state or model.state_dict()).items()}
+    if model.llm.config.tie_word_embeddings:
+        state.pop("llm.lm_head.weight", None)
+    half = folder / "model.safetensors.half"
+    save_file(state, half, metadata={"format": "pt"})
+    os.replace(half, folder / "model.safetensors")  # so that a whole file is a finished one
+
+
+def load(folder: str | Path, device: str = "cpu") -> VLM:
+    """A run folder (or one stage of it) -> the model, ready to answer.
+
+    Raises FileNotFoundError for a run without weights.
+    """
+    folder = Path(folder)
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        found = sorted(str(p.parent) for p in folder.glob("*/model.safetensors"))
+        raise FileNotFoundError(
+            f"{folder} has no model.safetensors: train first, or give one of {found or 'your runs'}"
+        )
+    recipe = read_recipe(folder / "recipe.yaml", llm=str(folder))
+    model = VLM(recipe, weights="random")
+    load_weights(model, weights)
+    return model.eval().to(device)
+
+
+def load_weights(model: VLM, file: str | Path) -> None:
+    """Fill a model from a safetensors file; names both shapes where they do not fit."""
+    state, own = load_file(file), model.state_dict()
+    for name, tensor in state.items():
+        if name in own and own[name].shape != tensor.shape:
+            raise ValueError(
+                f"{file}: {name} is {tuple(tensor.shape)}, but encoder {model.recipe.encoder} with "
+                f"llm {model.recipe.llm} needs {tuple(own[name].shape)}"
+            )
+    missing, extra = model.load_state_dict(state, strict=False)
+    if model.llm.config.tie_word_embeddings:
+        missing = [n for n in missing if n != "llm.lm_head.weight"]
+    if missing or extra:
+        raise ValueError(f"{file}: missing {missing[:3]}, not of this model {extra[:3]}")

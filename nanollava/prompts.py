@@ -1,0 +1,178 @@
+"""Prompts: a conversation -> token ids, and which of them are learned.
+
+The text of a template is exact to the character. Labels come from where each token lies in the
+text, never from tokenising twice: a token is learned when it overlaps an answer or its end of
+turn. What a user types is tokenised with special tokens switched off, so it always stays text.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+IMAGE, IGNORE = -200, -100  # an image's place among the ids; a label that is not learned
+PLACEHOLDER = "<image>"
+MASKS = ("answers", "released")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn; `text` with one PLACEHOLDER for each image, in order of appearance."""
+
+    role: str  # "user" or "assistant"
+    text: str
+    images: int = 0  # how many placeholders stand for images; any further one is plain text
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat format: the text around the turns; `end` closes an answer and is learned with it."""
+
+    start: str
+    user: tuple[str, str]
+    assistant: str
+    end: str
+    after: str = ""
+    images_only: bool = False  # stage 1: the user's words are dropped
+    specials: tuple[str, ...] = ()
+
+
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+TEMPLATES = {
+    "plain": Template("", ("", ""), "", "\n", images_only=True),
+    "qwen_1_5": Template(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        ("<|im_start|>user\n", "<|im_end|>\n"),
+        "<|im_start|>assistant\n",
+        "<|im_end|>",
+        "\n",
+        specials=("<|im_start|>", "<|im_end|>"),
+    ),
+    "vicuna_v1": Template(
+        "<s>" + VICUNA, ("USER: ", " "), "ASSISTANT: ", "</s>", specials=("<s>", "</s>")
+    ),
+}
+
+
+def read_turns(conversations: Sequence[dict], images: int) -> list[Turn]:
+    """A LLaVA record's `conversations` -> turns; raises ValueError for anything malformed.
+
+    As in the released code, a turn's only `<image>` moves to the front, followed by a newline.
+    """
+    if not conversations:
+        raise ValueError("the conversation is empty; expected turns from human and gpt")
+    turns, found = [], 0
+    for i, message in enumerate(conversations):
+        expected = ("human", "gpt")[i % 2]
+        if message.get("from") != expected or not isinstance(message.get("value"), str):
+            raise ValueError(
+                f"turn {i} is from {message.get('from')!r}; expected {expected!r} with a text value"
+            )
+        text, count = message["value"].strip(), 0
+        if expected == "human":
+            count = text.count(PLACEHOLDER)
+            if count == 1:
+                rest = text.replace(PLACEHOLDER, "").strip()
+                text = f"{PLACEHOLDER}\n{rest}" if rest else PLACEHOLDER
+        found += count
+        turns.append(Turn("user" if expected == "human" else "assistant", text, count))
+    if found != images:
+        raise ValueError(
+            f"{found} {PLACEHOLDER} in the conversation for {images} images; they must match"
+        )
+    return turns
+
+
+def _pieces(turns: Sequence[Turn], template: Template, answer: bool):
+    """Yield (text or None for an image, learned?, special tokens allowed?)."""
+    yield template.start, False, True
+    for turn in turns:
+        if turn.role == "assistant":
+            yield template.assistant, False, True
+            yield turn.text, True, False
+            yield template.end, True, True
+            yield template.after, False, True
+            continue
+        yield template.user[0], False, True
+        *before, last = turn.text.split(PLACEHOLDER, turn.images)
+        for text in before:
+            yield "" if template.images_only else text, False, False
+            yield None, False, False
+        yield "" if template.images_only else last, False, False
+        yield template.user[1], False, True
+    if answer:
+        yield template.assistant, False, True
+
+
+def encode(
+    tokenizer, turns: Sequence[Turn], template: str, label_mask: str = "answers", answer=False
+) -> tuple[list[int], list[int]]:
+    """Turns -> ids and labels of equal length; each image is one IMAGE id.
+
+    `answer` ends the ids where an answer begins, for generation. Raises ValueError when the
+    tokenizer lacks a special token of the template.
+    """
+    form = TEMPLATES[template]
+    missing = [s for s in form.specials if s not in tokenizer.all_special_tokens]
+    if missing:
+        raise ValueError(f"template {template} needs {missing}, which this tokenizer has not")
+    ids, labels, text, learned = [], [], "", []
+
+    def flush() -> None:
+        nonlocal text, learned
+        if not text:
+            return
+        out = tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
+        for token, (a, b) in zip(out["input_ids"], out["offset_mapping"], strict=True):
+            ids.append(token)
+            labels.append(token if any(learned[a : max(b, a + 1)]) else IGNORE)
+        text, learned = "", []
+
+    marks = (
+        re.compile("(" + "|".join(map(re.escape, form.specials)) + ")") if form.specials else None
+    )
+    for piece, learn, markup in _pieces(turns, form, answer):
+        if piece is None:
+            flush()
+            ids.append(IMAGE)
+            labels.append(IGNORE)
+            continue
+        for part in marks.split(piece) if markup and marks else [piece]:
+            if markup and part in form.specials:
+                flush()
+                ids.append(tokenizer.convert_tokens_to_ids(part))
+                labels.append(ids[-1] if learn else IGNORE)
+            else:
+                text, learned = text + part, learned + [learn] * len(part)
+    flush()
+    return ids, _released(tokenizer, ids, labels, form) if label_mask == "released" else labels
+
+
+def _released(tokenizer, ids: list[int], labels: list[int], form: Template) -> list[int]:
+    """The released code's mask for ChatML: headers of answers, and im_start, im_end and newlines
+    everywhere, user turns included. Kept to show what it costs.
+    """
+    if "<|im_start|>" not in form.specials:
+        return labels
+    start, end = map(tokenizer.convert_tokens_to_ids, form.specials)
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    header = tokenizer(form.assistant.replace("<|im_start|>", ""), add_special_tokens=False)
+    header, out = header["input_ids"], list(labels)
+    for i, token in enumerate(ids):
+        if token in (start, end, *newline):
+            out[i] = token
+        if token == start and ids[i + 1 : i + 1 + len(header)] == header:
+            out[i + 1 : i + 1 + len(header)] = header
+    return out
+
+
+def stop_ids(tokenizer, template: str) -> list[int]:
+    """The ids that end an answer."""
+    form = TEMPLATES[template]
+    if form.end in form.specials:
+        return [tokenizer.convert_tokens_to_ids(form.end)]
+    return tokenizer(form.end, add_special_tokens=False)["input_ids"][-1:]

@@ -1,0 +1,178 @@
+"""A recipe: the YAML file of a whole run, typed and checked.
+
+A recipe is also a Python program, so that `composer recipes/nano.yaml` works as typed: its first
+line is a YAML key that Python reads as a call. `base: other.yaml` plus the changed keys is a
+variant; `key=value` after the file name changes keys for one run. Local paths in a recipe begin
+with ./ or ../ and are relative to the recipe; outputs go below the folder you are in.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nanollava.anyres import Visual, layout, parse_grids
+from nanollava.encoder import ENCODERS
+from nanollava.projector import ACTIVATIONS
+from nanollava.prompts import MASKS, TEMPLATES
+from nanollava.sources import Source
+
+PROGRAM = "if __name__"  # how the launcher line begins
+FREE = {"run", "fresh", "base", "data", "workers", "tasks", "settings"}  # may differ on resume
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage."""
+
+    sources: dict[str, float] = field(default_factory=dict)  # name: times each sample is seen
+    train: str = "full"  # projector | projector+llm | full
+    lr: float = 2e-5
+    vision_lr: float = 2e-6
+    projector_lr: float = 0.0  # 0: the LLM's
+    batch_size: int = 128  # samples per step, over all processes
+    microbatch_tokens: int = 16384  # positions per packed row: what memory is bought with
+    duration: str = "1ep"
+    warmup: float = 0.03  # share of the duration
+    weight_decay: float = 0.0
+    template: str = ""  # "": the recipe's
+    anyres: bool = True  # False: one squashed view per image
+    checkpoint_activations: bool = False
+    save_interval: str = "500ba"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One evaluation task: a source whose last answer is the reference."""
+
+    path: str
+    metric: str
+    split: str = "test"
+    samples: int = 200
+    max_new_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a run depends on."""
+
+    run: str = "runs/unnamed"  # the run folder
+    data: str = "data"  # where shards are written
+    seed: int = 0
+    fresh: bool = False  # True: start anew even if the run folder has a run
+    program: str = ""  # FILE.py:function to call instead of training (stage 0)
+    encoder: str = "so400m_384"
+    encoder_weights: str = "published"
+    llm: str = "Qwen/Qwen1.5-0.5B-Chat"
+    llm_weights: str = "published"
+    connector: str = "relu"
+    projector_norm: bool = False  # scale the projector's output like the LLM's embeddings
+    visual: Visual = field(default_factory=Visual)
+    template: str = "qwen_1_5"
+    label_mask: str = "answers"
+    isolate_documents: bool = True
+    max_length: int = 32768
+    precision: str = "auto"  # auto: bf16 where the device has it | fp32
+    workers: int = 2
+    sources: dict[str, Source] = field(default_factory=dict)
+    stages: dict[str, Stage | None] = field(default_factory=dict)
+    tasks: dict[str, Task | None] = field(default_factory=dict)
+    settings: dict[str, dict[str, str]] = field(default_factory=dict)  # name: visual keys
+
+
+CHOICES = {
+    "encoder": ENCODERS, "connector": ACTIVATIONS, "template": TEMPLATES, "label_mask": MASKS,
+    "precision": ("auto", "fp32"), "visual.pooling": ("bilinear", "average"), "visual.arrange": ("raster", "flat"),
+    "visual.budget": ("per_view", "mosaic"),
+}  # fmt: skip
+
+
+def read_yaml(path: Path) -> dict:
+    """A recipe file and its bases as one tree, local paths made absolute."""
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe {path} is not a file")
+    tree = OmegaConf.create(path.read_text())
+    for key in [k for k in tree if str(k).startswith(PROGRAM)]:
+        del tree[key]
+    base = tree.pop("base", None)
+    tree = OmegaConf.create(_absolute(OmegaConf.to_container(tree), path.parent))
+    return OmegaConf.merge(read_yaml(path.parent / base), tree) if base else tree
+
+
+def _absolute(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):
+        return {k: _absolute(v, folder) for k, v in value.items()}
+    local = isinstance(value, str) and value.startswith(("./", "../"))
+    return str((folder / value).resolve()) if local else value
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None = None, **changes: Any) -> Recipe:
+    """A checked recipe; `overrides` as typed ("stages.stage2.lr=1e-5"), `changes` as values.
+
+    Raises ValueError for an unknown key (with the nearest known one), a wrong type or a value
+    that cannot work.
+    """
+    bad = [o for o in overrides or [] if "=" not in o]
+    if bad:
+        raise ValueError(f"{bad[0]!r} is no override: write key=value, e.g. stages.stage2.lr=1e-5")
+    try:
+        typed = OmegaConf.merge(
+            OmegaConf.structured(Recipe), read_yaml(Path(path).resolve()),
+            OmegaConf.from_dotlist(overrides or []), changes,
+        )  # fmt: skip
+        recipe = OmegaConf.to_object(typed)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {error}") from error
+    return check(recipe)
+
+
+def check(recipe: Recipe) -> Recipe:
+    """Refuse what cannot work before anything is loaded."""
+    flat = {**vars(recipe), **{f"visual.{k}": v for k, v in vars(recipe.visual).items()}}
+    for key, known in CHOICES.items():
+        if flat[key] not in known:
+            raise ValueError(f"{key}: {flat[key]!r} is unknown; choose from {', '.join(known)}")
+    visual, row = recipe.visual, ENCODERS[recipe.encoder]
+    if visual.budget == "mosaic" and visual.arrange == "flat":
+        raise ValueError("visual.arrange: flat needs budget per_view; a mosaic is one raster")
+    if visual.pool_stride < 1:
+        raise ValueError(f"visual.pool_stride: {visual.pool_stride}; expected 1 or more")
+    for a, b in parse_grids(visual.max_grid):  # the size that fills this grid finds its errors
+        layout((max(a, 1) * row.tile, max(b, 1) * row.tile), visual, row.tile, row.side)
+    for name, stage in recipe.stages.items():
+        for source in stage.sources if stage else ():
+            if source not in recipe.sources:
+                raise ValueError(
+                    f"stages.{name}.sources: {source!r} is not among the recipe's sources "
+                    f"{list(recipe.sources)}"
+                )
+        if stage and stage.train not in ("projector", "projector+llm", "full"):
+            raise ValueError(
+                f"stages.{name}.train: {stage.train!r}; choose projector, projector+llm or full"
+            )
+    return recipe
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """The resolved recipe as YAML, readable by `read_recipe`."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+
+
+def differences(a: Recipe, b: Recipe) -> list[str]:
+    """'key: old -> new' for each key that makes b another run than a."""
+    old, new = _flatten(asdict(a)), _flatten(asdict(b))
+    keys = sorted(old.keys() | new.keys())
+    return [
+        f"{k}: {old.get(k)} -> {new.get(k)}"
+        for k in keys
+        if old.get(k) != new.get(k) and k.split(".")[0] not in FREE
+    ]
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for k, v in tree.items():
+        flat |= _flatten(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    return flat

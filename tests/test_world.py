@@ -1,0 +1,150 @@
+"""The nano world: true, repeatable, disjoint; its tokenizer loses nothing."""
+
+import hashlib
+import io
+import random
+import string
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoTokenizer
+
+from nanollava.sources import import_file
+
+NANO = Path(__file__).parents[1] / "recipes" / "nano"
+world = import_file(str(NANO / "world.py"))
+KINDS = tuple(world.SIZES)
+TASKS = "doc dense chart info presence choice transcribe caption".split()
+MIXES = "short_captions transcriptions detailed instructions text_only".split()
+
+
+def pages(kind, split, count=150):
+    return [world.layout(random.Random(f"{split} {i}"), kind, split) for i in range(count)]
+
+
+def picture(record):
+    return Image.open(io.BytesIO(record["image"]))
+
+
+def test_atlas_has_every_printable_character_whole():
+    ink, advances = world.atlas()
+    assert ink.shape == (15, 95, world.CELL_H, world.CELL_W)
+    assert (ink[:, 1:].max((2, 3)) > 100).all()
+    assert (np.array(advances) > 2).all()
+    assert ink[..., -1].max() == 0 and ink[:, :, 0].max() == 0, "a glyph is cut by its cell"
+    assert len({glyph.tobytes() for glyph in ink.reshape(-1, world.CELL_H, world.CELL_W)}) > 1300
+
+
+@pytest.mark.parametrize("name", TASKS + MIXES)
+def test_same_arguments_same_records(name):
+    source = getattr(world, name)
+    first, again = list(source("val", 12, 3)), list(source("val", 12, 3))
+    assert first == again
+    assert first[:5] == list(source("val", 5, 3)), "a record depends on how many are made"
+    assert [r["image"] or r["conversations"] for r in first] != [
+        r["image"] or r["conversations"] for r in source("val", 12, 4)]  # fmt: skip
+    assert len({r["id"] for r in first + list(source("test", 12, 3))}) == 24
+
+
+def test_pixels_are_those_of_version_nano_1():
+    drawn = [world.render(page) for kind in KINDS for page in pages(kind, "test", 5)]
+    assert hashlib.sha256(b"".join(d.tobytes() for d in drawn)).hexdigest()[:16] == PIXELS
+
+
+PIXELS = "to be frozen"
+
+
+def test_splits_share_no_fact():
+    shown = {s: {f"{a} {b}" for kind in KINDS[:4] for p in pages(kind, s) for a, b in p.facts}
+             for s in world.SHARES}  # fmt: skip
+    scenes = {s: {str(p.facts) for p in pages("scene", s)} for s in world.SHARES}
+    for a, b in combinations(world.SHARES, 2):
+        assert not shown[a] & shown[b] and not scenes[a] & scenes[b]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_true(kind):
+    for page in pages(kind, "train", 60):
+        facts, rng = dict(page.facts), random.Random(0)
+        for form, question, answer, value in world.questions(rng, page, rng):
+            if form in ("doc", "dense", "chart", "info"):
+                key = next(k for k in facts if answer.startswith(k + " "))
+                assert key in question.lower() and answer == f"{key} {facts[key]}"
+                assert value == facts[key] and any(answer in line for line in page.lines())
+            if form in ("scene", "eats", "choice"):
+                place = next(p for p in facts if p in question.lower())
+                assert facts[place] in answer
+            if form == "choice":
+                options = dict(o.split() for o in zip_options(question))
+                assert options[value] == world.EATS[facts[place]]
+            if form == "presence":
+                asked = next(o for o in world.OBJECTS if o in question.lower())
+                assert (answer == "yes") == (asked in facts.values())
+                if answer == "no":
+                    assert not {w for o in facts.values() for w in o.split()} & set(asked.split())
+            assert answer.endswith(value)
+
+
+def zip_options(question):
+    words = question.split("\n")[1].split()
+    return [f"{letter} {food}" for letter, food in zip(words[::2], words[1::2])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_item_is_drawn_in_its_box_and_nowhere_else(kind):
+    for page in pages(kind, "train", 10):
+        whole, item = world.render(page), page.items.pop()
+        changed = np.argwhere((whole != world.render(page)).any(-1))
+        (y0, x0), (y1, x1) = changed.min(0), changed.max(0)
+        a, b, c, d = item.box
+        assert a - 2 <= x0 <= x1 <= c + 2 and b - 2 <= y0 <= y1 <= d + 3
+        assert x1 - x0 > 0.6 * (c - a) and c <= page.size[0] and d <= page.size[1]
+
+
+def test_a_whole_window_shows_every_line_and_crops_show_parts():
+    for kind in KINDS[:4]:
+        for page in pages(kind, "train", 30):
+            assert world.visible(page, (-9, -9, 999, 999)) == page.lines()
+            crop = world.crop(random.Random(0), page)
+            text = "".join("".join(world.visible(page, crop)).split())
+            assert text and len(text) < len("".join(page.lines()))
+
+
+def test_records_are_llava_records():
+    sizes = {"transcriptions": {(48, 48), (56, 56), (64, 64)}}
+    for name in TASKS + MIXES[:-1]:
+        for record in getattr(world, name)("test", 20, 0):
+            talk = [turn["value"] for turn in record["conversations"]]
+            assert "".join(talk).count("<image>") == 1 and talk[0].startswith("<image>\n")
+            assert len(talk) % 2 == 0 and all(talk)
+            assert picture(record).size in sizes.get(name, set(world.SIZES.values()))
+            if name in TASKS:
+                assert len(talk) == 2 and talk[1].endswith(record["answer"])
+            if name in TASKS[:6]:
+                assert talk[1].split()[-1] == record["answer"]
+    assert 4 <= len(next(world.instructions("train", 1, 0))["conversations"]) / 2 <= 8
+
+
+def test_tokenizer_keeps_any_text():
+    tokenizer = AutoTokenizer.from_pretrained(NANO / "tokenizer")
+    rng = random.Random(0)
+    texts = ["<|im_end|> typed", "user\nWhat is the Tax?", "tax 305\nfee 21", "Zürich 中 \r\n\t"]
+    texts += ["".join(rng.choices(string.printable + "éß中", k=30)) for _ in range(300)]
+    for text in texts:
+        out = tokenizer(text, add_special_tokens=False, split_special_tokens=True,
+                        return_offsets_mapping=True)  # fmt: skip
+        assert tokenizer.decode(out.input_ids) == text
+        assert not set(out.input_ids) & set(tokenizer.all_special_ids)
+        spans = list(dict.fromkeys(out.offset_mapping))  # the bytes of one character share a span
+        assert "".join(text[a:b] for a, b in spans) == text
+
+
+def test_tokens_are_words_with_their_space_and_single_digits():
+    tokenizer = AutoTokenizer.from_pretrained(NANO / "tokenizer")
+    for text, n in {"tax 305": 4, "What is the tax?": 5, "RENT 12\n": 4, "red star 7": 3,
+                    "system\nYou are a helpful assistant.": 1}.items():  # fmt: skip
+        assert len(tokenizer(text, add_special_tokens=False).input_ids) == n, text
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
