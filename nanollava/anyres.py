@@ -164,7 +164,7 @@ def _mosaic(plan: Layout, tau: int) -> Layout:
     h, w = rows - 2 * top, cols - 2 * left
     times = sqrt(h * w / tau) if tau > 0 else 0
     raster = (int(h // times), int(w // times)) if times > 1.1 else (h, w)
-    if tau <= 0 or 0 in raster:
+    if tau <= 0 or (times > 1.1 and 0 in raster):  # a hair-thin image has no row: as in HF
         raise ValueError(
             f"max_visual_tokens leaves {tau} tokens for the {h}x{w} raster of an image of {W}x{H} "
             "pixels beside its base view: a mosaic budget must be at least 2T"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from filelock import FileLock
 from streaming import MDSWriter, Stream, StreamingDataLoader, StreamingDataset
 from tqdm import tqdm
 
@@ -49,9 +50,17 @@ def usable(source: Source, seed: int, bad: list[str]) -> Iterator[dict]:
 
 def prepare_source(recipe: Recipe, name: str) -> Path:
     """Write one source's shards unless they are there; returns their folder."""
-    folder, source = shard_folder(recipe, name), recipe.sources[name]
-    if folder.is_dir():
-        return folder
+    folder = shard_folder(recipe, name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # two runs may want the same source at once
+        if not folder.is_dir():
+            write_shards(recipe, name, folder)
+    return folder
+
+
+def write_shards(recipe: Recipe, name: str, folder: Path) -> None:
+    """Records -> shards in `folder`, which appears when they are complete."""
+    source = recipe.sources[name]
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     bad: list[str] = []
@@ -68,7 +77,6 @@ def prepare_source(recipe: Recipe, name: str) -> Path:
         (part / "bad.json").write_text(json.dumps(bad, indent=1))
         print(f"  {name}: {len(bad)} records left out, first: {bad[0]} (all in {folder}/bad.json)")
     part.rename(folder)
-    return folder
 
 
 def prepare(recipe: Recipe) -> None:

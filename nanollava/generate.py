@@ -46,7 +46,7 @@ class Seen:
             (a, b), (w, h) = p.grid, p.fitted if p.grid[0] else (p.tile, p.tile)
             grid = f"grid {a}x{b} + base view" if a else "base view only"
             lines.append(
-                f"saw {p.size[0]}x{p.size[1]} pixels as {grid}, {p.views} views of {p.tile}x{p.tile}"
+                f"saw {p.size[0]}x{p.size[1]} pixels as {grid}: {p.views} views of {p.tile} pixels"
                 f" (scale {w / p.size[0]:.2f} x {h / p.size[1]:.2f}), {p.tokens} visual tokens"
                 f" + {p.newlines} newlines"
             )

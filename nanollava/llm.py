@@ -12,7 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 from transformers.masking_utils import AttentionMaskInterface
 
 
@@ -119,9 +125,14 @@ def _local(name: str) -> None:
 
 
 def load_tokenizer(name: str):
-    """The fast tokenizer of a hub id or folder (offsets are what the label mask is built from)."""
+    """The fast tokenizer of a hub id or folder (offsets are what the label mask is built from).
+
+    A folder's tokenizer.json is taken as it is: transformers 5 would replace the way it cuts words
+    by that of config.json's model type.
+    """
     _local(name)
-    return AutoTokenizer.from_pretrained(name, use_fast=True)
+    own = (Path(name) / "tokenizer.json").is_file()
+    return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(name)
 
 
 def load_llm(name: str, weights: str = "published", dtype: torch.dtype = torch.float32):

@@ -66,10 +66,10 @@ def read_turns(conversations: Sequence[dict], images: int) -> list[Turn]:
     turns, found = [], 0
     for i, message in enumerate(conversations):
         expected = ("human", "gpt")[i % 2]
-        if message.get("from") != expected or not isinstance(message.get("value"), str):
-            raise ValueError(
-                f"turn {i} is from {message.get('from')!r}; expected {expected!r} with a text value"
-            )
+        if not isinstance(message, dict) or not isinstance(message.get("value"), str):
+            raise ValueError(f"turn {i} is {message!r:.80}; expected a from and a text value")
+        if message.get("from") != expected:
+            raise ValueError(f"turn {i} is from {message.get('from')!r}; expected {expected!r}")
         text, count = message["value"].strip(), 0
         if expected == "human":
             count = text.count(PLACEHOLDER)
@@ -88,10 +88,11 @@ def read_turns(conversations: Sequence[dict], images: int) -> list[Turn]:
 def _pieces(turns: Sequence[Turn], template: Template, answer: bool):
     """Yield (text or None for an image, learned?, special tokens allowed?)."""
     yield template.start, False, True
+    head = template.assistant.rstrip(" ")  # its space begins the answer's first token: learned
     for turn in turns:
         if turn.role == "assistant":
-            yield template.assistant, False, True
-            yield turn.text, True, False
+            yield head, False, True
+            yield template.assistant[len(head) :] + turn.text, True, False
             yield template.end, True, True
             yield template.after, False, True
             continue
@@ -103,7 +104,7 @@ def _pieces(turns: Sequence[Turn], template: Template, answer: bool):
         yield "" if template.images_only else last, False, False
         yield template.user[1], False, True
     if answer:
-        yield template.assistant, False, True
+        yield head, False, True
 
 
 def encode(

@@ -40,7 +40,7 @@ class Stage:
     template: str = ""  # "": the recipe's
     anyres: bool = True  # False: one squashed view per image
     checkpoint_activations: bool = False
-    save_interval: str = "500ba"
+    save_interval: int = 500  # steps between checkpoints
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,15 @@ class Recipe:
 
 
 CHOICES = {
-    "encoder": ENCODERS, "connector": ACTIVATIONS, "template": TEMPLATES, "label_mask": MASKS,
-    "precision": ("auto", "fp32"), "visual.pooling": ("bilinear", "average"), "visual.arrange": ("raster", "flat"),
+    "encoder": ENCODERS,
+    "connector": ACTIVATIONS,
+    "template": TEMPLATES,
+    "label_mask": MASKS,
+    "precision": ("auto", "fp32"),
+    "visual.pooling": ("bilinear", "average"),
+    "visual.arrange": ("raster", "flat"),
     "visual.budget": ("per_view", "mosaic"),
-}  # fmt: skip
+}
 
 
 def read_yaml(path: Path) -> dict:

@@ -127,7 +127,7 @@ def pack(documents: Sequence[Document], tile: int) -> Pack:
         owner.append(torch.full_like(at, i))
         start += len(d.ids)
     none = torch.zeros(0, dtype=torch.int64)
-    visual = ids == IMAGE
+    visual, nothing = ids == IMAGE, torch.zeros(0, 3, tile, tile, dtype=torch.uint8)
     return Pack(
         ids=ids.masked_fill(visual, 0),
         visual=visual.nonzero()[:, 0],
@@ -135,11 +135,11 @@ def pack(documents: Sequence[Document], tile: int) -> Pack:
         predict=torch.cat([none, *predict]),
         targets=torch.cat([none, *targets]),
         owner=torch.cat([none, *owner]),
-        views=torch.cat([torch.zeros(0, 3, tile, tile, dtype=torch.uint8), *(d.views for d in documents)]),
+        views=torch.cat([nothing, *(d.views for d in documents)]),
         layouts=tuple(plan for d in documents for plan in d.layouts),
         lengths=lengths,
         sources=tuple(d.source for d in documents),
-    )  # fmt: skip
+    )
 
 
 def split(documents: Sequence[Document], budget: int) -> list[list[Document]]:

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from composer import Callback, ComposerModel, DataSpec, State, Time, Trainer
+from composer import Callback, ComposerModel, DataSpec, State, Time, TimeUnit, Trainer
 from composer.algorithms import GradientClipping
 from composer.callbacks import SpeedMonitor
 from composer.loggers import Logger
@@ -93,7 +93,7 @@ def count_tokens(batch: list[Document] | Pack) -> dict[str, int]:
 class Report(Callback):
     """The progress bar, losses.csv, and a clean stop at SIGTERM or at a loss that is no number."""
 
-    def __init__(self, name: str, file: Path, sources: Sequence[str], interval: Time):
+    def __init__(self, name: str, file: Path, sources: Sequence[str], interval: int):
         self.name, self.file, self.sources = name, file, sorted(sources)
         self.interval, self.stop, self.bar, self.start = interval, False, None, 0.0
 
@@ -102,7 +102,7 @@ class Report(Callback):
         self.start, self.tokens = time.perf_counter(), int(state.timestamp.token)
         if dist.get_global_rank():
             return
-        done, total = int(state.timestamp.batch), _steps(state)
+        done, total = int(state.timestamp.batch), int(state.max_duration.value)
         rows = list(csv.DictReader(self.file.open())) if self.file.exists() else []
         with self.file.open("w", newline="") as out:  # steps after the checkpoint are done again
             writer = csv.DictWriter(out, COLUMNS)
@@ -146,7 +146,7 @@ class Report(Callback):
     def due(self, state: State, event: object) -> bool:
         """Whether a checkpoint is to be written now: every interval, and before stopping."""
         step = int(state.timestamp.batch)
-        return self.stop or (step % int(self.interval.value) == 0 and step < _steps(state))
+        return self.stop or step % self.interval == 0
 
     def batch_start(self, state: State, logger: Logger) -> None:
         if self.stop:
@@ -158,19 +158,25 @@ class Report(Callback):
             self.bar.close()
 
 
-def _steps(state: State) -> int:
-    """Steps of the whole stage."""
-    duration = state.max_duration
-    return int(duration.value) * (state.dataloader_len.value if duration.unit == "ep" else 1)
+def steps_of(stage: Stage, batches: int) -> int:
+    """Optimizer steps of a stage whose loader has `batches`: "1ep" or "500ba"."""
+    duration = Time.from_timestring(stage.duration)
+    if duration.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH) or not batches:
+        raise ValueError(
+            f"duration {stage.duration!r} with {batches} batches: write '2ep' or '500ba', and give "
+            f"at least batch_size = {stage.batch_size} samples"
+        )
+    return int(duration.value * (batches if duration.unit == TimeUnit.EPOCH else 1))
 
 
-def announce(name: str, stage: Stage, counts: dict[str, int], samples: int) -> None:
+def announce(name: str, stage: Stage, counts: dict[str, int], steps: int) -> None:
     """Print what a stage trains and what it freezes."""
     train = ", ".join(f"{part} {n:,}" for part, n in counts.items() if n)
     frozen = ", ".join(part for part, n in counts.items() if not n) or "nothing"
+    mix = ", ".join(f"{source} x {times:g}" for source, times in stage.sources.items() if times)
     print(
         f"\n{name}: trains {train} parameters (lr {stage.lr:g}, vision {stage.vision_lr:g}); "
-        f"frozen: {frozen}\n  {samples:,} samples of {', '.join(stage.sources)}"
+        f"frozen: {frozen}\n  {steps:,} steps of {stage.batch_size} samples: {mix}"
     )
 
 
@@ -180,39 +186,54 @@ def run_stage(recipe: Recipe, name: str, model: VLM) -> None:
     visual = recipe.visual if stage.anyres else replace(recipe.visual, max_grid="base")
     writer = model.writer(visual, stage.template)
     loader = make_loader(recipe, stage, writer, dist.get_world_size())
+    steps = steps_of(stage, len(loader))
     counts = model.set_trainable(stage.train)
     if stage.checkpoint_activations:
         model.llm.gradient_checkpointing_enable()
     if dist.get_global_rank() == 0:
-        announce(name, stage, counts, len(loader) * stage.batch_size)
-    student = Student(model, stage.train)
-    interval = Time.from_timestring(stage.save_interval)
+        announce(name, stage, counts, steps)
     sources = [s for s, times in stage.sources.items() if times]
-    report = Report(name, run / "losses.csv", sources, interval)
+    report = Report(name, run / "losses.csv", sources, stage.save_interval)
+    data = DataSpec(
+        loader,
+        split_batch=splitter(model.row.tile),
+        get_num_samples_in_batch=len,
+        get_num_tokens_in_batch=count_tokens,
+        microbatch_transforms=lambda pack: pack.to(model.newline.device),
+    )
+    rates = (stage.lr, stage.vision_lr, stage.projector_lr or stage.lr, stage.weight_decay)
     trainer = Trainer(
-        model=student,
-        train_dataloader=DataSpec(
-            loader, split_batch=splitter(model.row.tile), get_num_samples_in_batch=len,
-            get_num_tokens_in_batch=count_tokens,
-            microbatch_transforms=lambda pack: pack.to(model.newline.device),
-        ),
-        optimizers=torch.optim.AdamW(
-            model.groups(stage.lr, stage.vision_lr, stage.projector_lr or stage.lr,
-                         stage.weight_decay), fused=True),
-        schedulers=CosineAnnealingWithWarmupScheduler(t_warmup=f"{stage.warmup}dur", alpha_f=0.0),
+        model=Student(model, stage.train),
+        train_dataloader=data,
+        optimizers=torch.optim.AdamW(model.groups(*rates), fused=True),
+        schedulers=CosineAnnealingWithWarmupScheduler(f"{round(steps * stage.warmup)}ba"),
         algorithms=[GradientClipping(clipping_type="norm", clipping_threshold=1.0)],
         callbacks=[report, SpeedMonitor(window_size=10)],
-        max_duration=stage.duration, device_train_microbatch_size=stage.microbatch_tokens,
-        accumulate_train_batch_on_tokens=True, precision="fp32", seed=recipe.seed,
+        max_duration=f"{steps}ba",
+        device_train_microbatch_size=stage.microbatch_tokens,
+        accumulate_train_batch_on_tokens=True,
+        precision="fp32",  # the model's own autocast computes in bf16, on the CPU too
+        seed=recipe.seed,
         device="gpu" if torch.cuda.is_available() else "cpu",
-        run_name=name, save_folder=str(run / "checkpoints"), save_interval=report.due,
-        save_filename=name + "-ba{batch}-rank{rank}.pt",
-        save_latest_filename=name + "-latest-rank{rank}.pt",
-        save_num_checkpoints_to_keep=1, save_overwrite=True, autoresume=True,
-        progress_bar=False, log_to_console=False,
-    )  # fmt: skip
+        progress_bar=False,
+        **checkpointing(name, run, report),
+    )
     trainer.fit()
     trainer.close()
+
+
+def checkpointing(name: str, run: Path, report: Report) -> dict:
+    """Composer's settings: one checkpoint a stage, found again by the stage's name."""
+    return {
+        "run_name": name,
+        "save_folder": str(run / "checkpoints"),
+        "save_filename": name + "-ba{batch}-rank{rank}.pt",
+        "save_latest_filename": name + "-latest-rank{rank}.pt",
+        "save_interval": report.due,
+        "save_num_checkpoints_to_keep": 1,
+        "save_overwrite": True,
+        "autoresume": True,
+    }
 
 
 def environment(recipe: Recipe) -> dict:

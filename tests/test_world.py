@@ -12,13 +12,14 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
+from nanollava.prompts import IGNORE, IMAGE, encode, read_turns
 from nanollava.sources import import_file
 
 NANO = Path(__file__).parents[1] / "recipes" / "nano"
 world = import_file(str(NANO / "world.py"))
 KINDS = tuple(world.SIZES)
-TASKS = "doc dense chart info presence choice transcribe caption".split()
-MIXES = "short_captions transcriptions detailed instructions text_only".split()
+TASKS = ["doc", "dense", "chart", "info", "presence", "choice", "transcribe", "caption"]
+MIXES = ["short_captions", "transcriptions", "detailed", "instructions", "text_only"]
 
 
 def pages(kind, split, count=150):
@@ -54,7 +55,7 @@ def test_pixels_are_those_of_version_nano_1():
     assert hashlib.sha256(b"".join(d.tobytes() for d in drawn)).hexdigest()[:16] == PIXELS
 
 
-PIXELS = "to be frozen"
+PIXELS = "0108cb468f87292f"
 
 
 def test_splits_share_no_fact():
@@ -148,3 +149,45 @@ def test_tokens_are_words_with_their_space_and_single_digits():
                     "system\nYou are a helpful assistant.": 1}.items():  # fmt: skip
         assert len(tokenizer(text, add_special_tokens=False).input_ids) == n, text
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_stage_0_speaks_the_templates_of_the_later_stages():
+    reading = import_file(str(NANO / "reading.py"))
+    rng = random.Random(0)
+    record = next(world.instructions("train", 1, 0))
+    talk = [turn["value"] for turn in record["conversations"]]
+    turns = list(zip([talk[0].removeprefix("<image>\n"), *talk[2::2]], talk[1::2]))
+    seen = reading.shown(rng, world.layout(rng, "doc", "train"))
+    ids, labels = encode(reading.TOKENIZER, read_turns(record["conversations"], 1), "qwen_1_5")
+    spot = ids.index(IMAGE)
+    row, learned = reading.chat(turns, seen)
+    assert row == ids[:spot] + seen + ids[spot + 1 :]
+    assert [t for t, learn in zip(row, learned) if learn] == [x for x in labels if x != IGNORE]
+    crop = next(world.transcriptions("train", 1, 0))["conversations"]
+    ids, labels = encode(reading.TOKENIZER, read_turns(crop, 1), "plain")
+    assert reading.plain([], crop[1]["value"]) == (ids[1:], [x != IGNORE for x in labels[1:]])
+
+
+def test_a_raster_shows_what_stands_where():
+    reading = import_file(str(NANO / "reading.py"))
+    item = world.word("tax", 20.0, 30.0, 1, 0)
+    page = world.Page("doc", (96, 96), [item, world.word("305", 60.0, 30.0, 1, 0)], [])
+    rows = [reading.raster(random.Random(s), page, (1, 1), (12, 12), (0, 0), reading.LINE)
+            for s in range(40)]  # fmt: skip
+    assert all(len(row) == 12 * 13 and row[12::13] == [reading.LINE] * 12 for row in rows)
+    drawn = {t for row in rows for t in row[3 * 13 : 3 * 13 + 12]} - {reading.BLANK}
+    assert set(reading.ids("tax ")) < drawn
+    assert sum(t != reading.BLANK for t in rows[0][: 3 * 13] if t != reading.LINE) == 0
+
+
+def test_dense_labels_name_the_glyph_at_its_place():
+    sight = import_file(str(NANO / "sight.py"))
+    page = world.Page("doc", (48, 48), [world.word("Tax", 10.0, 20.0, 1, 0)], [])
+    glyphs, things = sight.boxes(page)
+    stem, halves, words, objects = sight.labels(glyphs, things, np.ones(4), np.zeros(4))
+    named = {sight.GLYPHS[halves[spot]]: spot for spot in zip(*map(list, np.nonzero(halves)))}
+    assert named == {c: (2, int((a + b) / 2 // 4)) for c, a, b in zip(
+        "tax", page.items[0].edges, page.items[0].edges[1:])}  # fmt: skip
+    assert {sight.WORDS[w] for w in words.flatten()} == {"", "tax"} and not objects.any()
+    moved = sight.labels(glyphs, things, np.ones(4), np.array([14, 0, 14, 0]))[1]
+    assert {sight.GLYPHS[c] for c in moved.flatten() if c} == {"a", "x"}

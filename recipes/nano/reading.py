@@ -1,0 +1,322 @@
+"""Stage 0 of the LLM: a tiny Qwen2 learns to look things up, to talk, and to read patch rasters.
+
+The blog starts from an LLM that was pretrained on the web. A model of this size learns in-context
+look-up only from an order of exercises, each of which was needed (three phases):
+    A  repeated random sequences over few symbols, then more; strings whose next symbol needs two
+       symbols of context; shuffled records "key value" with questions.
+    B  text twins of nano pages with conversations about them, facts, presence, choice.
+    C  rasters: one token per 8x8 patch, in the order in which the VLM will show its visual
+       tokens (base view, then the tiles' rows, a newline behind each), and plain transcriptions.
+No picture is involved. All of it in the chat template of stage 2 or in `plain`, as stage 1 has it.
+"""
+
+import random
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import vocabulary
+import world
+from fit import fit
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+SIZES = {"s": (64, 2, 176, 4), "m": (96, 3, 256, 4), "l": (160, 4, 432, 5)}
+STEPS = {"A": 1300, "B": 1300, "C": 2000}
+Row = tuple[list[int], list[bool]]      # ids, and which of them are learned
+
+TOKENIZER = vocabulary.build()
+
+
+@cache
+def ids(text: str) -> tuple[int, ...]:
+    """Tokens of a text; typed special tokens stay text."""
+    return tuple(TOKENIZER(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+
+
+END, START, PAD = (TOKENIZER.convert_tokens_to_ids(t) for t in
+                   ("<|im_end|>", "<|im_start|>", "<|endoftext|>"))
+(LINE,), (BLANK,), (DOT,) = ids("\n"), ids(" "), ids(".")
+SYSTEM, USER, ASSISTANT = (ids(part) for part in vocabulary.TEMPLATE)
+PAIR = {text: TOKENIZER.convert_tokens_to_ids(text) for text in vocabulary.PAIRS}
+DIGITS = [ids(d)[0] for d in "0123456789"]
+NAMES = [ids(f"{word} ")[0] for word in vocabulary.words()]
+KEYS = [ids(f"{key} ")[0] for key in world.KEYS]
+TOKENS = [*DIGITS, *KEYS, *sorted({*NAMES} - {*KEYS}), *(ids(w)[0] for w in vocabulary.words()),
+          *(ids(w.upper())[0] for w in vocabulary.words())]
+
+
+def build(size: str) -> Qwen2ForCausalLM:
+    """A Qwen2 of a nano size (hidden, layers, MLP, heads) with random weights."""
+    hidden, layers, mlp, heads = SIZES[size]
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=-(-len(TOKENIZER) // 8) * 8, hidden_size=hidden, num_hidden_layers=layers,
+        intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=heads,
+        tie_word_embeddings=True, max_position_embeddings=4096, initializer_range=0.05,
+        bos_token_id=None, eos_token_id=END, pad_token_id=PAD))
+
+
+def chat(turns: list[tuple[str, str]], seen: list[int] | None = None) -> Row:
+    """Turns in the ChatML template; `seen` stands where the visual tokens will stand."""
+    row, learned = [START, *SYSTEM, END, LINE], []
+    for n, (question, answer) in enumerate(turns):
+        shown = [*seen, LINE] if seen and n == 0 else []
+        row += [START, *USER, *shown, *ids(question), END, LINE, START, *ASSISTANT]
+        learned += [False] * (len(row) - len(learned))
+        row += [*ids(answer), END]
+        learned += [True] * (len(row) - len(learned))
+        row.append(LINE)
+        learned.append(False)
+    return row, learned
+
+
+def plain(seen: list[int], text: str) -> Row:
+    """What is seen, directly followed by its text."""
+    answer = [*ids(text), LINE]
+    return [*seen, *answer], [False] * len(seen) + [True] * len(answer)
+
+
+# ------------------------------------------------------------------------------ phase A
+
+def repeat(rng: random.Random, symbols: int) -> Row:
+    """A random string twice: the second time can be foretold from the first.
+
+    Symbols recur in it, so that one symbol of context does not always suffice.
+    """
+    part = rng.choices(TOKENS[:symbols], k=rng.randint(20, 30))
+    return part * 2, [False] * (len(part) + 1) + [True] * (len(part) - 1)
+
+
+def ambiguous(rng: random.Random, symbols: int) -> Row:
+    """The same over three to six symbols: what follows hangs on two or three symbols."""
+    few = rng.sample(TOKENS[:symbols], rng.randint(3, 6))
+    part = rng.choices(few, k=rng.randint(6, 14))
+    return part * 2, [False] * (len(part) + 2) + [True] * (len(part) - 2)
+
+
+def records(rng: random.Random, symbols: int, digits: int) -> Row:
+    """Two to six lines "key value", then each asked once, in another order."""
+    keys = rng.sample(TOKENS[10:max(symbols, 34)], rng.randint(2, 6))
+    values = [rng.choices(DIGITS, k=rng.randint(1, digits)) for _ in keys]
+    row = [START, *USER]
+    for key, value in zip(keys, values, strict=True):
+        row += [key] * rng.choice((1, 1, 2)) + [BLANK] * rng.choice((0, 0, 1, 3)) + value
+        row += [LINE] * rng.choice((1, 1, 0))
+    learned = [False] * len(row)
+    for key, value in rng.sample(list(zip(keys, values, strict=True)), len(keys)):
+        row += [key, END, LINE, START, *ASSISTANT, key, *value, END, LINE, START, *USER]
+        learned += [False] * 5 + [True] * (len(value) + 2) + [False] * 3
+    return row, learned
+
+
+class Exercises:
+    """Phase A: repetition until it is mastered, then a wider vocabulary, ambiguity and records."""
+
+    def __init__(self, rng: random.Random):
+        self.rng, self.right, self.since = rng, 0.0, None
+
+    def __call__(self, step: int) -> list[Row]:
+        if self.since is None:
+            if self.right < 0.93:
+                return [repeat(self.rng, 20) for _ in range(32)]
+            self.since = step
+        age = step - self.since
+        symbols = min(len(TOKENS), 20 + age // 5)
+        share = min(0.56, 0.56 * age / 150)
+        rows = []
+        for _ in range(32):
+            if self.rng.random() < share:
+                rows.append(records(self.rng, symbols, min(3, 1 + age // 80)))
+            else:
+                rows.append(self.rng.choice((repeat, ambiguous))(self.rng, symbols))
+        return rows
+
+
+# ------------------------------------------------------------------------------ phase B
+
+def twin(rng: random.Random, page: world.Page) -> list[int]:
+    """A page as tokens: its plain lines, or loose ones with gaps, repeated words, empty lines."""
+    if rng.random() < 1 / 3:
+        return list(ids("\n".join(page.lines())))
+    if page.kind == "scene":
+        cells = [list(ids(f"{thing} ")) if (thing := dict(page.facts).get(place)) else [BLANK]
+                 for place in world.PLACES]
+        return [t for i, cell in enumerate(cells) for t in cell + [LINE] * (i % 3 == 2)]
+    row, line = [], -1
+    for item in page.items:
+        if item.row != line:
+            empty = [LINE, *[BLANK] * rng.randint(0, 4)] * rng.choice((0, 0, 1))
+            row += [LINE] * (line >= 0) + empty
+            line = item.row
+        row += [BLANK] * rng.choice((0, 0, 1, 2, 4))
+        for part in item.text.split():
+            row += ids(part) if part.isdigit() else ids(f"{part} ") * rng.choice((1, 1, 2, 3))
+    return [*row, LINE]
+
+
+def conversations(rng: random.Random) -> Row:
+    """A page's text twin with questions, or facts, or records."""
+    dice = rng.random()
+    if dice < 0.12:
+        return records(rng, len(TOKENS), 3)
+    if dice < 0.24:
+        return chat(world.facts_told(rng, rng.randint(3, 6)))
+    page = world.layout(rng, rng.choice(world.MIX), "train")
+    return chat(turns_about(rng, page), twin(rng, page))
+
+
+def turns_about(rng: random.Random, page: world.Page) -> list[tuple[str, str]]:
+    """Four to eight questions, now and then a short caption."""
+    turns = world.turns_about(rng, page)
+    if rng.random() < 0.2:
+        turns.append((world.ask(rng, "brief"), world.short_caption(rng, page)))
+    return turns
+
+
+# ------------------------------------------------------------------------------ phase C
+
+def raster(rng: random.Random, page: world.Page, zoom: tuple[float, float],
+           grid: tuple[int, int], move: tuple[float, float], end: int | None) -> list[int]:
+    """One token per 8x8 patch of a zoomed page; `end` behind each of the grid's rows.
+
+    A patch shows the word that covers it, one or two digits, the colour or the shape of an
+    object, or nothing; small print is often misread, as the encoder will.
+    """
+    cells = [[BLANK] * grid[0] for _ in range(grid[1])]
+    for item in page.items:
+        a, b, c, d = (edge * zoom[i % 2] - move[i % 2] for i, edge in enumerate(item.box))
+        if item.drawn:
+            for (x, y), token in printed(rng, item, zoom[0], move[0], (b + d) / 2):
+                if 0 <= x < grid[0] and 0 <= y < grid[1]:
+                    cells[y][x] = token
+            continue
+        for y in range(grid[1]):
+            for x in range(grid[0]):
+                if a - 1 < 8 * x + 4 < c + 1 and b - 1 < 8 * y + 4 < d + 1:
+                    cells[y][x] = ids(f"{item.text} ")[(x + y + item.row) % 2]
+    return [token for row in cells for token in ([*row, end] if end is not None else row)]
+
+
+def printed(rng: random.Random, item: world.Item, zoom: float, move: float, y: float):
+    """Where the glyphs of a word fall, patch by patch, and the token that stands for them."""
+    patches: dict[int, str] = {}
+    for char, left, right in zip(item.text, item.edges, item.edges[1:], strict=False):
+        x = int(((left + right) / 2 * zoom - move) // 8)
+        patches[x] = patches.get(x, "") + char
+    misread = 0.02 if zoom > 0.7 else 0.2 if zoom > 0.4 else 0.8
+    for x, chars in patches.items():
+        token = PAIR.get(chars[:2]) or (ids(chars) if chars.isdigit() else ids(f"{item.text} "))[0]
+        if not item.text.isdigit() and rng.random() < 0.08:
+            token = ids(chars)[0]
+        if rng.random() < misread:
+            token = rng.choice((DOT, BLANK, rng.choice(DIGITS), rng.choice(KEYS)))
+        yield (x, int(y // 8)), token
+
+
+# The grids that AnyRes may choose, oftener the ones in which print is legible.
+GRIDS = {"doc": ((3, 3), (3, 3), (2, 2), (4, 4)), "dense": ((3, 3), (3, 3), (4, 4)),
+         "chart": ((2, 2),), "info": ((2, 3), (2, 4), (2, 3), (1, 2)), "scene": ((2, 2),)}
+
+
+TASKS = {"doc": "doc", "dense": "dense", "chart": "chart", "info": "info", "scene": "scene",
+         "eats": "scene", "choice": "scene", "presence": "scene", "transcribe": "doc",
+         "caption": "scene"}
+
+
+def shown(rng: random.Random, page: world.Page, only_base: float = 0.15) -> list[int]:
+    """The base view, then the tiles of a grid (or none, now and then), as tokens."""
+    (w, h), (a, b) = page.size, rng.choice(GRIDS[page.kind])
+    base = raster(rng, page, (48 / w, 48 / h), (6, 6), (0, 0), None)
+    if page.kind in ("chart", "scene") and rng.random() < only_base:
+        return base
+    scale = min(48 * a / w, 48 * b / h)
+    move = ((w * scale - 48 * a) / 2, (h * scale - 48 * b) / 2)
+    return base + raster(rng, page, (scale, scale), (6 * a, 6 * b), move, LINE)
+
+
+def rasters(rng: random.Random) -> Row:
+    """A crop with its transcription, a page with a caption, or a conversation about rasters."""
+    dice, page = rng.random(), world.layout(rng, rng.choice(world.MIX), "train")
+    if dice < 0.35:
+        x, y, end, _ = window = world.crop(rng, page)
+        zoom = 48 / (end - x)
+        seen = raster(rng, page, (zoom, zoom), (6, 6), (x * zoom, y * zoom), None)
+        return plain(seen, "\n".join(world.visible(page, window)))
+    if dice < 0.42:
+        seen = raster(rng, page, (48 / page.size[0], 48 / page.size[1]), (6, 6), (0, 0), None)
+        return plain(seen, world.short_caption(rng, page))
+    if dice < 0.5:
+        return conversations(rng)
+    return chat(turns_about(rng, page), shown(rng, page))
+
+
+# ------------------------------------------------------------------------------ training
+
+def sorted_batches(make: Callable[[], Row], n: int, ahead: int = 16):
+    """Batches of n rows of like lengths (a batch is as long as its longest row), without end."""
+    rng = random.Random(0)
+    while True:
+        rows = sorted((make() for _ in range(n * ahead)), key=lambda row: len(row[0]))
+        groups = [rows[i:i + n] for i in range(0, len(rows), n)]
+        rng.shuffle(groups)
+        yield from groups
+
+
+def learn(model: Qwen2ForCausalLM, rows: list[Row]) -> tuple[Tensor, dict]:
+    """Mean loss over the learned tokens of some rows, and how many were right."""
+    length = max(len(row) for row, _ in rows)
+    tokens = torch.tensor([row + [PAD] * (length - len(row)) for row, _ in rows])
+    learned = torch.tensor([mark + [False] * (length - len(mark)) for _, mark in rows])
+    hidden = model.model(input_ids=tokens[:, :-1]).last_hidden_state[learned[:, 1:]]
+    target = tokens[:, 1:][learned[:, 1:]]
+    logits = model.lm_head(hidden).float()
+    right = (logits.argmax(-1) == target).float().mean().item()
+    return F.cross_entropy(logits, target), {"right": right, "tokens": float(tokens.numel())}
+
+
+def train(size: str, folder: Path, steps: dict[str, int] = STEPS, seed: int = 0
+          ) -> tuple[Qwen2ForCausalLM, dict]:
+    """The three phases; returns the model and its records."""
+    torch.manual_seed(seed)
+    model, rng = build(size), random.Random(f"reading {seed}")
+    exercises = Exercises(rng)
+    twins = sorted_batches(lambda: conversations(rng), 32)
+    views = sorted_batches(lambda: rasters(rng), 16)
+
+    def phase_a(step: int) -> tuple[Tensor, dict]:
+        loss, figures = learn(model, exercises(step))
+        exercises.right += 0.1 * (figures["right"] - exercises.right)
+        return loss, figures
+
+    def run(phase: str, loss: Callable[[int], tuple[Tensor, dict]], lr: float, final: float
+            ) -> dict:
+        return fit(f"llm_{size}_{phase}", model, loss, steps[phase], lr, folder, final)
+
+    return model, {"A": run("A", phase_a, 2.5e-3, 1.0),
+                   "B": run("B", lambda _: learn(model, next(twins)), 2.5e-3, 0.4),
+                   "C": run("C", lambda _: learn(model, next(views)), 2e-3, 0.05)}
+
+
+@torch.no_grad()
+def ceilings(model: Qwen2ForCausalLM, n: int = 100) -> dict:
+    """Share of test questions answered exactly by task, from page text and from its raster.
+
+    A greedy answer is exact when each of its tokens is the likeliest after the right ones, so
+    one forward a question tells. No VLM with this LLM can be expected to do better.
+    """
+    found = {}
+    for task, kind in TASKS.items():
+        right = {"text": 0, "raster": 0}
+        for i in range(n):
+            rng = random.Random(f"ceiling {task} {i}")
+            page = world.layout(rng, kind, "test")
+            asked = [q for q in world.questions(None, page, rng) if q[0] == task]
+            _, question, answer, _ = rng.choice(asked)
+            views = {"text": list(ids("\n".join(page.lines()))), "raster": shown(rng, page, 0)}
+            for view, seen in views.items():
+                _, figures = learn(model, [chat([(question, answer)], seen)])
+                right[view] += figures["right"] == 1
+        found[task] = {view: count / n for view, count in right.items()}
+    return found

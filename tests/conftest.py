@@ -1,0 +1,63 @@
+"""Tiny stand-ins that the tests share: one tokenizer, one random model, one recipe."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = ROOT / "recipes" / "nano" / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The nano tokenizer: ChatML specials, nothing unknown."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TOKENIZER)
+
+
+def llm_folder(folder: Path, tokenizer, **changes) -> str:
+    """A folder with the config of a tiny Qwen2 and the nano tokenizer; weights are random."""
+    from transformers import Qwen2Config
+
+    keys = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 4096, "tie_word_embeddings": True,
+    }  # fmt: skip
+    Qwen2Config(**keys | changes, architectures=["Qwen2ForCausalLM"]).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory, tokenizer):
+    return llm_folder(tmp_path_factory.mktemp("llm"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_llm):
+    """The smallest whole model: R = 48 pixels, T = 36 tokens, LLM width 32, float32."""
+    from nanollava.anyres import Visual
+    from nanollava.recipe import Recipe
+
+    return Recipe(
+        encoder="nano_s", encoder_weights="random", llm=tiny_llm, llm_weights="random",
+        visual=Visual(max_grid="3x3", max_visual_tokens="10T"), max_length=4096, precision="fp32",
+        workers=0,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_recipe):
+    """The same random model for every test; a test that trains or changes it makes its own."""
+    from nanollava.model import VLM
+
+    torch.manual_seed(0)
+    return VLM(tiny_recipe).eval()

@@ -1,0 +1,70 @@
+"""Helpers of the tests that launch a recipe as a user does, in processes of its own."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from transformers import AutoTokenizer, Qwen2Config
+
+ROOT = Path(__file__).parent.parent
+LAUNCHER = str(Path(sys.executable).parent / "composer")
+RECIPE = """if __name__ == "__main__": __import__("nanollava").main(__file__); r'''
+run: runs/tiny
+data: {folder}/shards
+encoder: nano_s
+encoder_weights: random
+llm: {folder}/llm
+llm_weights: random
+precision: fp32
+workers: 1
+visual: {{max_grid: 3x3, max_visual_tokens: 6T}}
+sources:
+  mixed: {{path: "{root}/tests/mixed_source.py:mixed", samples: 80}}
+stages:
+  stage1: {{sources: {{mixed: 1}}, train: projector, template: qwen_1_5, anyres: false, lr: 1e-3,
+            batch_size: 4, duration: 4ba, save_interval: 2}}
+  stage1_5: {{sources: {{mixed: 1}}, lr: 1e-3, vision_lr: 1e-3, batch_size: 4, duration: 4ba,
+              save_interval: 2, microbatch_tokens: 300}}
+  stage2: {{sources: {{mixed: 1}}, lr: 1e-3, vision_lr: 1e-3, batch_size: 4, duration: 20ba,
+            save_interval: 3, microbatch_tokens: 300}}
+# '''
+"""
+
+
+def write_recipe(folder: Path) -> Path:
+    """A recipe of seconds: tiny random models, the stages and the trainer of the real ones."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes/nano/tokenizer")
+    tokenizer.save_pretrained(folder / "llm")
+    Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True,
+        max_position_embeddings=2048, architectures=["Qwen2ForCausalLM"],
+    ).save_pretrained(folder / "llm")  # fmt: skip
+    file = folder / "tiny.yaml"
+    file.write_text(RECIPE.format(folder=folder, root=ROOT))
+    return file
+
+
+def start(recipe: Path, *overrides: str, flags: tuple[str, ...] = (), cwd: Path | None = None):
+    """`composer FLAGS recipe overrides`, its output kept in one pipe."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [LAUNCHER, *flags, str(recipe), *overrides], cwd=cwd or recipe.parent, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """Wait; returns the output, and shows it where the exit code is another."""
+    output, _ = process.communicate(timeout=300)
+    assert (process.returncode == 0) == (code == 0), output[-4000:]
+    return output
+
+
+def losses(run: Path) -> dict[tuple[str, int], float]:
+    """{(stage, step): loss over all sources} of a run's losses.csv."""
+    with (run / "losses.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {(r["stage"], int(r["step"])): float(r["loss"]) for r in rows if r["source"] == "all"}

@@ -1,0 +1,242 @@
+"""The peer: transformers' LlavaOnevision holding our model's numbers, and what to feed it.
+
+A SigLIP tower and a Qwen2 LLM of any size are built twice, once through `nanollava.model.VLM` (so
+through open_clip and timm, as a published tower is) and once by transformers from a config; then
+our weights are copied over by name. The mosaic budget, GELU and raster order are the peer's.
+"""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import open_clip
+import timm
+import torch
+from open_clip.factory import add_model_config
+from timm.models.vision_transformer import VisionTransformer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from nanollava.anyres import Visual, parse_budget, parse_grids
+from nanollava.encoder import ENCODERS, Row
+from nanollava.model import VLM
+from nanollava.prompts import IMAGE
+from nanollava.recipe import Recipe
+from nanollava.sequence import Document
+
+MOSAIC = Visual(max_grid="3x3", max_visual_tokens="(4+1)T", budget="mosaic")
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths and depths of both models; the tile is no multiple of the patch, as 384 / 14."""
+
+    name: str = "tiny"
+    tile: int = 75
+    patch: int = 14
+    width: int = 48
+    blocks: int = 2
+    heads: int = 4
+    dim: int = 64
+    layers: int = 2
+    llm_heads: int = 4
+    kv_heads: int = 4
+    ffn: int = 96
+    vocabulary: int = 264
+    tied: bool = True
+
+
+TINY = Size()
+QUARTER = Size("quarter", 384, 14, 288, 7, 4, 256, 6, 4, 4, 704, 9504)
+
+
+def tower(size: Size, folder: Path) -> Row:
+    """Teach timm and open_clip a small SigLIP with one block more than is kept; returns its row."""
+    name = f"vit_{size.name}_siglip"
+
+    def build(pretrained: bool = False, **kwargs) -> VisionTransformer:
+        return VisionTransformer(
+            img_size=size.tile, patch_size=size.patch, embed_dim=size.width, depth=size.blocks + 1,
+            num_heads=size.heads, mlp_ratio=3.7362, class_token=False, act_layer="gelu_tanh",
+            **{k: v for k, v in kwargs.items() if k in ("num_classes", "global_pool")},
+        )  # fmt: skip
+
+    build.__name__, build.__module__ = name, __name__
+    if name not in timm.list_models():
+        globals().setdefault("__all__", []).append(name)
+        timm.models.register_model(build)
+    text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1}
+    vision = {"image_size": size.tile, "timm_model_name": name, "timm_model_pretrained": False,
+              "timm_pool": "map", "timm_proj": "none"}  # fmt: skip
+    config = {"embed_dim": 16, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
+    (folder / f"{name}.json").write_text(json.dumps(config))
+    add_model_config(folder / f"{name}.json")
+    assert name in open_clip.list_models()
+    return Row(size.tile, size.patch, size.width, size.blocks, open_clip=name)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and ChatML's special ones."""
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<image>"], clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def qwen2(size: Size) -> Qwen2Config:
+    """The LLM's config."""
+    return Qwen2Config(
+        vocab_size=size.vocabulary, hidden_size=size.dim, num_hidden_layers=size.layers,
+        intermediate_size=size.ffn, num_attention_heads=size.llm_heads,
+        num_key_value_heads=size.kv_heads, tie_word_embeddings=size.tied,
+        max_position_embeddings=16384, initializer_range=0.2 / size.dim**0.25,
+    )  # fmt: skip
+
+
+def ours(folder: Path, size: Size = TINY, visual: Visual = MOSAIC, **keys) -> VLM:
+    """Our model at a size, random weights of seed 0, with biases that are not zero."""
+    folder.mkdir(parents=True, exist_ok=True)
+    qwen2(size).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    ENCODERS[size.name] = tower(size, folder)
+    recipe = Recipe(encoder=size.name, encoder_weights="random", llm=str(folder), visual=visual,
+                    llm_weights="random", connector="gelu", precision="fp32")  # fmt: skip
+    torch.manual_seed(0)
+    model = VLM(replace(recipe, **keys))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+# Our name -> the peer's, after `model.` and `vision_model.` are gone; q, k, v are one matrix in timm.
+RENAME = (
+    (r"^vision_tower\.embeddings\.patch_embedding", "encoder.visual.trunk.patch_embed.proj"),
+    (r"^vision_tower\.embeddings\.position_embedding\.weight", "encoder.visual.trunk.pos_embed"),
+    (r"^vision_tower\.encoder\.layers", "encoder.visual.trunk.blocks"),
+    (r"(trunk.*)layer_norm", r"\1norm"),
+    (r"(trunk.*)self_attn\.[qkv]_proj", r"\1attn.qkv"),
+    (r"(trunk.*)self_attn\.out_proj", r"\1attn.proj"),
+    (r"^multi_modal_projector\.linear_1", "projector.0"),
+    (r"^multi_modal_projector\.linear_2", "projector.2"),
+    (r"^image_newline", "newline"),
+    (r"^language_model", "llm.model"),
+    (r"^lm_head", "llm.lm_head"),
+)
+
+
+def our_name(name: str) -> str:
+    """A parameter of the peer -> ours; empty for its post-norm, which nothing uses."""
+    name = re.sub(r"^model\.", "", name).replace("vision_tower.vision_model.", "vision_tower.")
+    for pattern, ours in RENAME:
+        name = re.sub(pattern, ours, name)
+    return "" if "post_layernorm" in name else name
+
+
+def part(name: str, whole: Tensor) -> Tensor:
+    """The share of our parameter that a parameter of the peer holds."""
+    found = re.search(r"vision_tower.*self_attn\.([qkv])_proj", name)
+    return whole.chunk(3)["qkv".index(found[1])] if found else whole
+
+
+def peer_of(model: VLM, device: str = "cpu") -> LlavaOnevisionForConditionalGeneration:
+    """LlavaOnevision with our weights (on "meta": without any)."""
+    row, visual, words = model.row, model.recipe.visual, model.tokenizer
+    blocks = model.encoder.visual.trunk.blocks
+    tiles = parse_budget(visual.max_visual_tokens, row.side**2) // row.side**2 - 1
+    vision = SiglipVisionConfig(
+        hidden_size=row.width, intermediate_size=blocks[0].mlp.fc1.out_features,
+        num_hidden_layers=len(blocks), num_attention_heads=blocks[0].attn.num_heads,
+        image_size=row.tile, patch_size=row.patch, vision_use_head=False,
+    )  # fmt: skip
+    text = Qwen2Config(**model.llm.config.to_dict())
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config=text, vision_aspect_ratio=f"anyres_max_{tiles}",
+        image_grid_pinpoints=[[b * row.tile, a * row.tile] for a, b in parse_grids(visual.max_grid)],
+        image_token_index=words.convert_tokens_to_ids("<image>"), video_token_index=-7,
+        tie_word_embeddings=text.tie_word_embeddings, pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    with torch.device(device):
+        peer = LlavaOnevisionForConditionalGeneration(config).eval()
+    peer.generation_config.eos_token_id = words.convert_tokens_to_ids("<|im_end|>")
+    peer.generation_config.pad_token_id = words.pad_token_id
+    if device == "meta":
+        return peer
+    mine = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, p in peer.named_parameters():
+            if our_name(name):
+                p.copy_(part(name, mine[our_name(name)]).view_as(p))
+    return peer
+
+
+def batch(model: VLM, documents: list[Document], left: bool = False) -> dict[str, Tensor]:
+    """The peer's padded batch of our documents, each with one image at most."""
+    most = max(len(d.ids) for d in documents)
+    views = max(len(d.views) for d in documents)
+    image, pad = (model.tokenizer.convert_tokens_to_ids(t) for t in ("<image>", SPECIALS[0]))
+
+    def stack(rows: list[Tensor], value: int) -> Tensor:
+        ends = [(most - len(r), 0) if left else (0, most - len(r)) for r in rows]
+        return torch.stack([F.pad(r, end, value=value) for r, end in zip(rows, ends, strict=True)])
+
+    out = {
+        "input_ids": stack([d.ids.masked_fill(d.ids == IMAGE, image) for d in documents], pad),
+        "labels": stack([d.labels for d in documents], -100),
+        "attention_mask": stack([torch.ones_like(d.ids) for d in documents], 0),
+    }
+    seen = [d for d in documents if d.layouts]
+    if seen:
+        pixels = [(d.views - model.encoder.mean) / model.encoder.std for d in seen]
+        out["pixel_values"] = torch.stack(
+            [F.pad(x, (0,) * 7 + (views - len(x),)) for x in pixels]
+        )
+        out["image_sizes"] = torch.tensor([d.layouts[0].size[::-1] for d in seen])
+    return out
+
+
+class Useful(TorchFunctionMode):
+    """Counts attention by what it must compute: the triangle where it is causal, no recomputation.
+
+    sdpa's matrix products are replaced by a sum, so that a FlopCounterMode inside sees none of
+    them; forward is 4 d FLOPs per (query, key) pair, and backward twice that.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value, *rest = args
+        causal = (kwargs or {}).get("is_causal", False) or len(rest) > 2 and rest[2]
+        (*many, q, d), k = query.shape, key.shape[-2]
+        pairs = q * (q + 1) // 2 + q * (k - q) if causal else q * k
+        passes = 3 if query.requires_grad or key.requires_grad or value.requires_grad else 1
+        self.flops += 4 * d * torch.Size(many).numel() * pairs * passes
+        return query + 0 * (key.sum() + value.sum())
+
+
+def count(step) -> int:
+    """FLOPs of step(): matrix products and convolutions as they run, attention as `Useful`."""
+    with FlopCounterMode(display=False) as counter, Useful() as attention:
+        step()
+    return counter.get_total_flops() + attention.flops

@@ -1,0 +1,125 @@
+"""Training as a user launches it: processes, nodes, kills, reruns, wrong folders."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+from launching import finish, losses, start, write_recipe
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(recipe file, run folder of an undisturbed run with one process)."""
+    folder = tmp_path_factory.mktemp("tiny")
+    recipe = write_recipe(folder)
+    finish(start(recipe, f"run={folder}/one"))
+    return recipe, folder / "one"
+
+
+def largest_difference(a, b) -> float:
+    one, two = (load_file(run / "model.safetensors") for run in (a, b))
+    assert one.keys() == two.keys()
+    return max(float((one[name] - two[name]).abs().max()) for name in one)
+
+
+def check_same_course(a, b) -> None:
+    """Equal losses at every step, to float32's last digits."""
+    one, two = losses(a), losses(b)
+    assert one.keys() == two.keys() and len(one) == 28
+    assert max(abs(one[k] - two[k]) for k in one) < 1e-5
+    assert largest_difference(a, b) < 1e-5
+
+
+def test_loss_falls_and_run_folder_is_whole(tiny):
+    _, run = tiny
+    course = losses(run)
+    assert course["stage2", 20] < course["stage2", 1]
+    names = {"recipe.yaml", "environment.json", "losses.csv", "model.safetensors", "config.json"}
+    assert names <= {p.name for p in run.iterdir()}
+    assert {"stage1", "stage1_5", "stage2"} <= {p.name for p in run.iterdir() if p.is_dir()}
+
+
+def test_stage1_moves_the_projector_alone(tiny):
+    _, run = tiny
+    one, two = (load_file(run / s / "model.safetensors") for s in ("stage1", "stage1_5"))
+    moved = {name for name in one if not one[name].equal(two[name])}
+    assert moved == set(one), "stage 1.5 trains everything"
+
+
+def test_two_processes_equal_one(tiny):
+    """Same global batch, uneven packs, ranks that hold only text."""
+    recipe, run = tiny
+    finish(start(recipe, f"run={run.parent}/two", flags=("-n", "2")))
+    check_same_course(run, run.parent / "two")
+
+
+def test_two_nodes_equal_one(tiny):
+    recipe, run = tiny
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    nodes = [
+        start(
+            recipe, f"run={run.parent}/nodes",
+            flags=("-n", "1", "--world_size", "2", "--node_rank", str(rank),
+                   "--master_addr", "127.0.0.1", "--master_port", port),
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for node in nodes:
+        finish(node)
+    check_same_course(run, run.parent / "nodes")
+
+
+def test_packs_do_not_matter(tiny):
+    """All documents in one pack, or several packs: the same weights."""
+    recipe, run = tiny
+    finish(start(recipe, f"run={run.parent}/packed", *(
+        f"stages.{s}.microbatch_tokens=100000" for s in ("stage1", "stage1_5", "stage2"))))  # fmt: skip
+    check_same_course(run, run.parent / "packed")
+
+
+def stop_at(process, run, moment, signal_number) -> str:
+    """Send a signal to the whole launch once (stage, step) has been logged."""
+    for _ in range(1200):
+        if (run / "losses.csv").exists() and moment in losses(run):
+            os.killpg(process.pid, signal_number)
+            return process.communicate(timeout=120)[0]
+        time.sleep(0.05)
+    raise AssertionError(process.communicate(timeout=10)[0])
+
+
+@pytest.mark.parametrize(
+    ("number", "moments"),
+    [
+        (signal.SIGKILL, [("stage1", 3), ("stage1_5", 3), ("stage2", 8)]),
+        (signal.SIGTERM, [("stage2", 4)]),
+    ],
+)
+def test_stopped_and_rerun_equals_never_stopped(tiny, number, moments):
+    recipe, run = tiny
+    again = run.parent / f"again{int(number)}"
+    for moment in moments:
+        stop_at(start(recipe, f"run={again}"), again, moment, number)
+        assert not (again / "model.safetensors").exists()
+    finish(start(recipe, f"run={again}"))
+    assert losses(run) == losses(again)
+    assert largest_difference(run, again) == 0.0
+
+
+def test_again_from_another_folder(tiny, tmp_path):
+    """A finished run is left as it is, wherever the same command is typed."""
+    recipe, run = tiny
+    before = (run / "model.safetensors").stat().st_mtime_ns
+    finish(start(recipe, f"run={run}", cwd=tmp_path))
+    assert (run / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_recipe_in_the_folder_is_refused(tiny):
+    recipe, run = tiny
+    output = finish(start(recipe, f"run={run}", "stages.stage2.lr=5e-4"), code=1)
+    assert "stages.stage2.lr: 0.001 -> 0.0005" in output and "fresh=true" in output
+    assert (run / "model.safetensors").exists()
