@@ -6,15 +6,18 @@ variant; `key=value` after the file name changes keys for one run. Local paths i
 with ./ or ../ and are relative to the recipe; outputs go below the folder you are in.
 """
 
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanollava.anyres import Visual, layout, parse_grids
 from nanollava.encoder import ENCODERS
+from nanollava.metrics import METRICS
 from nanollava.projector import ACTIVATIONS
 from nanollava.prompts import MASKS, TEMPLATES
 from nanollava.sources import Source
@@ -98,7 +101,12 @@ def read_yaml(path: Path) -> dict:
     """A recipe file and its bases as one tree, local paths made absolute."""
     if not path.is_file():
         raise FileNotFoundError(f"recipe {path} is not a file")
-    tree = OmegaConf.create(path.read_text())
+    try:
+        tree = OmegaConf.create(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(tree, DictConfig):
+        raise ValueError(f"{path} is no mapping of keys to values")
     for key in [k for k in tree if str(k).startswith(PROGRAM)]:
         del tree[key]
     base = tree.pop("base", None)
@@ -109,8 +117,8 @@ def read_yaml(path: Path) -> dict:
 def _absolute(value: Any, folder: Path) -> Any:
     if isinstance(value, dict):
         return {k: _absolute(v, folder) for k, v in value.items()}
-    local = isinstance(value, str) and value.startswith(("./", "../"))
-    return str((folder / value).resolve()) if local else value
+    local = isinstance(value, str) and re.fullmatch(r"(json:)?(\.\.?/.*)", value)
+    return (local[1] or "") + str((folder / local[2]).resolve()) if local else value
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None, **changes: Any) -> Recipe:
@@ -130,6 +138,8 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None, **changes:
         recipe = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {error}") from error
+    for changes in recipe.settings.values():
+        with_visual(recipe, changes)
     return check(recipe)
 
 
@@ -146,18 +156,38 @@ def check(recipe: Recipe) -> Recipe:
         raise ValueError(f"visual.pool_stride: {visual.pool_stride}; expected 1 or more")
     for a, b in parse_grids(visual.max_grid):  # the size that fills this grid finds its errors
         layout((max(a, 1) * row.tile, max(b, 1) * row.tile), visual, row.tile, row.side)
+    for name, task in recipe.tasks.items():
+        if task and task.metric not in METRICS:
+            raise ValueError(f"tasks.{name}.metric: {task.metric!r}; known: {', '.join(METRICS)}")
     for name, stage in recipe.stages.items():
-        for source in stage.sources if stage else ():
-            if source not in recipe.sources:
-                raise ValueError(
-                    f"stages.{name}.sources: {source!r} is not among the recipe's sources "
-                    f"{list(recipe.sources)}"
-                )
-        if stage and stage.train not in ("projector", "projector+llm", "full"):
-            raise ValueError(
-                f"stages.{name}.train: {stage.train!r}; choose projector, projector+llm or full"
-            )
+        if stage:
+            _check_stage(recipe, name, stage)
     return recipe
+
+
+def _check_stage(recipe: Recipe, name: str, stage: Stage) -> None:
+    if not stage.sources:
+        raise ValueError(f"stages.{name} has no sources; the stages are {list(recipe.stages)}")
+    for source in stage.sources:
+        if source not in recipe.sources:
+            raise ValueError(
+                f"stages.{name}.sources: {source!r} is not among the recipe's sources "
+                f"{list(recipe.sources)}"
+            )
+    choices = {"train": ("projector", "projector+llm", "full"), "template": ("", *TEMPLATES)}
+    for key, known in choices.items():
+        value = getattr(stage, key)
+        if value not in known:
+            raise ValueError(f"stages.{name}.{key}: {value!r}; choose from {list(known)}")
+
+
+def with_visual(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe with some visual keys changed, as a setting does: typed and checked."""
+    try:
+        visual = OmegaConf.merge(OmegaConf.structured(Visual), asdict(recipe.visual), changes)
+        return check(replace(recipe, visual=OmegaConf.to_object(visual)))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"visual keys {dict(changes)}: {error}") from error
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:

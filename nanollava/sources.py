@@ -1,6 +1,6 @@
 """Sources: where records come from. One row each; every row yields LLaVA records.
 
-    {"id": "a-7", "image": bytes | [bytes, ...] | None, "source": "a",
+    {"id": "a-7", "image": bytes | path | [bytes | path, ...] | None, "source": "a",
      "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                        {"from": "gpt", "value": "A cat."}, ...]}
 
@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -37,8 +38,13 @@ def import_file(path: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, file)
         sys.path.insert(0, str(file.parent))
         sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-        sys.path.remove(str(file.parent))
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]  # half a module must not be found by the next call
+            raise
+        finally:
+            sys.path.remove(str(file.parent))
     return sys.modules[name]
 
 
@@ -65,8 +71,8 @@ def from_json(source: Source, seed: int) -> Iterator[dict]:
         names = row.get("image") or []
         names = [names] if isinstance(names, str) else names
         yield {"id": str(row.get("id", i)), "source": row.get("data_source", ""),
-               "image": [(file.parent / name).read_bytes() for name in names],
-               "conversations": row["conversations"]}  # fmt: skip
+               "image": [file.parent / name for name in names],
+               "conversations": row.get("conversations")}  # fmt: skip
 
 
 READERS = {"json": from_json}
@@ -81,16 +87,16 @@ def records(source: Source, seed: int) -> Iterator[dict]:
             f"source path {source.path!r}: write FILE.py:function or one of "
             f"{', '.join(f'{k}:FILE' for k in READERS)}"
         )
-    for i, record in enumerate(read(source, seed)):
-        if source.samples and i >= source.samples:
-            return
-        for turn in record["conversations"] if source.prompt else ():
-            if turn.get("value", "").strip() == "<image>":
+    for i, record in enumerate(islice(read(source, seed), source.samples or None)):
+        record.setdefault("id", str(i))
+        for turn in record.get("conversations") or () if source.prompt else ():
+            if isinstance(turn, dict) and str(turn.get("value")).strip() == "<image>":
                 turn["value"] = f"<image>\n{source.prompt}"
         yield record
 
 
 def images_of(record: dict) -> list[bytes]:
-    """A record's images as a list, empty for text only."""
+    """A record's images as they are in their files, none for text only; OSError if one is gone."""
     image = record.get("image") or []
-    return [image] if isinstance(image, bytes) else list(image)
+    images = image if isinstance(image, (list, tuple)) else [image]
+    return [x if isinstance(x, bytes) else Path(x).read_bytes() for x in images]

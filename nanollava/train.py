@@ -24,7 +24,6 @@ from composer.callbacks import SpeedMonitor
 from composer.loggers import Logger
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.utils import dist, get_device, reproducibility
-from streaming.base.util import clean_stale_shared_memory
 from torch import Tensor
 from tqdm import tqdm
 
@@ -96,9 +95,10 @@ class Report(Callback):
     def __init__(self, name: str, file: Path, sources: Sequence[str], interval: int):
         self.name, self.file, self.sources = name, file, sorted(sources)
         self.interval, self.stop, self.bar, self.start = interval, False, None, 0.0
+        self.before = signal.getsignal(signal.SIGTERM)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self.before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop", True))
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop", True))
         self.start, self.tokens = time.perf_counter(), int(state.timestamp.token)
         if dist.get_global_rank():
             return
@@ -223,7 +223,12 @@ def run_stage(recipe: Recipe, name: str, model: VLM) -> None:
 
 
 def checkpointing(name: str, run: Path, report: Report) -> dict:
-    """Composer's settings: one checkpoint a stage, found again by the stage's name."""
+    """Composer's settings: one checkpoint a stage, found again by the stage's name.
+
+    Composer's own autoresume deletes a signal file once per node, which fails where nodes share
+    the run folder, as they must here.
+    """
+    latest = run / "checkpoints" / f"{name}-latest-rank0.pt"
     return {
         "run_name": name,
         "save_folder": str(run / "checkpoints"),
@@ -232,7 +237,7 @@ def checkpointing(name: str, run: Path, report: Report) -> dict:
         "save_interval": report.due,
         "save_num_checkpoints_to_keep": 1,
         "save_overwrite": True,
-        "autoresume": True,
+        "load_path": str(latest) if latest.exists() else None,
     }
 
 
@@ -248,36 +253,40 @@ def environment(recipe: Recipe) -> dict:
     }  # fmt: skip
 
 
+def check_run(recipe: Recipe) -> None:
+    """Refuse a run folder that holds a run of another recipe."""
+    file = Path(recipe.run) / "recipe.yaml"
+    changed = differences(read_recipe(file), recipe) if file.exists() else []
+    if changed and not recipe.fresh:
+        raise ValueError(
+            f"{recipe.run} holds a run of another recipe:\n  "
+            + "\n  ".join(changed)
+            + "\nGive another folder (run=...), or fresh=true to delete it and start anew"
+        )
+
+
 def open_run(recipe: Recipe) -> None:
-    """Make the run folder, or see that it holds this very recipe."""
+    """Make the run folder: the resolved recipe and what else a result depends on."""
     run = Path(recipe.run)
     if recipe.fresh:
         shutil.rmtree(run, ignore_errors=True)
-    if (run / "recipe.yaml").exists():
-        changed = differences(read_recipe(run / "recipe.yaml"), recipe)
-        if changed:
-            raise ValueError(
-                f"{run} holds a run of another recipe:\n  "
-                + "\n  ".join(changed)
-                + "\nGive another folder (run=...), or fresh=true to delete it and start anew"
-            )
     run.mkdir(parents=True, exist_ok=True)
-    write_recipe(recipe, run / "recipe.yaml")
+    write_recipe(replace(recipe, fresh=False), run / "recipe.yaml")
     (run / "environment.json").write_text(json.dumps(environment(recipe), indent=1))
 
 
 def train(recipe: Recipe) -> Path:
-    """All stages of a recipe; returns the run folder."""
+    """All stages of a recipe; returns the run folder. All nodes must see run and data folders."""
     dist.initialize_dist(get_device(None), timeout=3600)
     run, first = Path(recipe.run), dist.get_global_rank() == 0
-    with dist.run_local_rank_zero_first():
-        if first:
-            open_run(recipe)
-            prepare(recipe)
+    check_run(recipe)
+    dist.barrier()
+    if first:
+        open_run(recipe)
+        prepare(recipe)
     dist.barrier()
     if (run / "model.safetensors").exists():
         return run
-    clean_stale_shared_memory()
     reproducibility.seed_all(recipe.seed)
     model = VLM(recipe)
     stages = [name for name, stage in recipe.stages.items() if stage]

@@ -47,11 +47,11 @@ def write_recipe(folder: Path) -> Path:
     return file
 
 
-def start(recipe: Path, *overrides: str, flags: tuple[str, ...] = (), cwd: Path | None = None):
+def start(recipe: Path, *overrides: str, flags: tuple[str, ...] = (), **environment: str):
     """`composer FLAGS recipe overrides`, its output kept in one pipe."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.Popen(
-        [LAUNCHER, *flags, str(recipe), *overrides], cwd=cwd or recipe.parent, env=environment,
+        [LAUNCHER, *flags, str(recipe), *overrides], cwd=recipe.parent, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 

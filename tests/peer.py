@@ -23,6 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
@@ -105,7 +108,7 @@ def qwen2(size: Size) -> Qwen2Config:
         vocab_size=size.vocabulary, hidden_size=size.dim, num_hidden_layers=size.layers,
         intermediate_size=size.ffn, num_attention_heads=size.llm_heads,
         num_key_value_heads=size.kv_heads, tie_word_embeddings=size.tied,
-        max_position_embeddings=16384, initializer_range=0.2 / size.dim**0.25,
+        max_position_embeddings=16384, initializer_range=0.05,
     )  # fmt: skip
 
 
@@ -210,6 +213,37 @@ def batch(model: VLM, documents: list[Document], left: bool = False) -> dict[str
         )
         out["image_sizes"] = torch.tensor([d.layouts[0].size[::-1] for d in seen])
     return out
+
+
+def processor(model: VLM) -> LlavaOnevisionProcessor:
+    """The peer's preprocessing at our tile, grids and budget."""
+    row, visual = model.row, model.recipe.visual
+    tiles = parse_budget(visual.max_visual_tokens, row.side**2) // row.side**2 - 1
+    images = LlavaOnevisionImageProcessor(
+        size={"height": row.tile, "width": row.tile}, image_mean=row.mean, image_std=row.std,
+        image_grid_pinpoints=[[b * row.tile, a * row.tile] for a, b in parse_grids(visual.max_grid)],
+    )  # fmt: skip
+    video = LlavaOnevisionVideoProcessor(size={"height": row.tile, "width": row.tile})
+    return LlavaOnevisionProcessor(
+        images, model.tokenizer, video, num_image_tokens=row.side**2,
+        vision_feature_select_strategy="full", image_token="<image>", video_token="<|im_start|>",
+        vision_aspect_ratio=f"anyres_max_{tiles}",
+    )  # fmt: skip
+
+
+def padded_step(peer: LlavaOnevisionForConditionalGeneration, views: int, rows: int, length: int):
+    """One training step of the peer on a padded batch, part by part: its forward looks at values.
+
+    Attention is causal without a mask, which is less than a CPU computes under a padding mask.
+    The cache only keeps transformers from looking for packed sequences.
+    """
+    vision = peer.config.vision_config
+    pixels = torch.empty(views, 3, vision.image_size, vision.image_size, device="meta")
+    hidden = peer.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
+    seen = peer.model.multi_modal_projector(hidden)
+    embeds = torch.empty(rows, length, seen.shape[-1], device="meta") + 0 * seen.sum()
+    out = peer.model.language_model(inputs_embeds=embeds, use_cache=True).last_hidden_state
+    peer.lm_head(out).sum().backward()
 
 
 class Useful(TorchFunctionMode):

@@ -17,13 +17,14 @@ from nanollava.sources import import_file
 
 NANO = Path(__file__).parents[1] / "recipes" / "nano"
 world = import_file(str(NANO / "world.py"))
-KINDS = tuple(world.SIZES)
+pages = import_file(str(NANO / "pages.py"))
+KINDS = tuple(pages.KINDS)
 TASKS = ["doc", "dense", "chart", "info", "presence", "choice", "transcribe", "caption"]
 MIXES = ["short_captions", "transcriptions", "detailed", "instructions", "text_only"]
 
 
-def pages(kind, split, count=150):
-    return [world.layout(random.Random(f"{split} {i}"), kind, split) for i in range(count)]
+def drawn(kind, split, count=150):
+    return [pages.layout(random.Random(f"{split} {i}"), kind, split) for i in range(count)]
 
 
 def picture(record):
@@ -31,12 +32,12 @@ def picture(record):
 
 
 def test_atlas_has_every_printable_character_whole():
-    ink, advances = world.atlas()
-    assert ink.shape == (15, 95, world.CELL_H, world.CELL_W)
+    ink, advances = pages.atlas()
+    assert ink.shape == (15, 95, pages.CELL, pages.CELL)
     assert (ink[:, 1:].max((2, 3)) > 100).all()
     assert (np.array(advances) > 2).all()
     assert ink[..., -1].max() == 0 and ink[:, :, 0].max() == 0, "a glyph is cut by its cell"
-    assert len({glyph.tobytes() for glyph in ink.reshape(-1, world.CELL_H, world.CELL_W)}) > 1300
+    assert len({glyph.tobytes() for glyph in ink.reshape(-1, pages.CELL, pages.CELL)}) > 1300
 
 
 @pytest.mark.parametrize("name", TASKS + MIXES)
@@ -51,24 +52,24 @@ def test_same_arguments_same_records(name):
 
 
 def test_pixels_are_those_of_version_nano_1():
-    drawn = [world.render(page) for kind in KINDS for page in pages(kind, "test", 5)]
-    assert hashlib.sha256(b"".join(d.tobytes() for d in drawn)).hexdigest()[:16] == PIXELS
+    pixels = [pages.render(page) for kind in KINDS for page in drawn(kind, "test", 5)]
+    assert hashlib.sha256(b"".join(p.tobytes() for p in pixels)).hexdigest()[:16] == PIXELS
 
 
 PIXELS = "0108cb468f87292f"
 
 
 def test_splits_share_no_fact():
-    shown = {s: {f"{a} {b}" for kind in KINDS[:4] for p in pages(kind, s) for a, b in p.facts}
-             for s in world.SHARES}  # fmt: skip
-    scenes = {s: {str(p.facts) for p in pages("scene", s)} for s in world.SHARES}
-    for a, b in combinations(world.SHARES, 2):
+    shown = {s: {f"{a} {b}" for kind in KINDS[:4] for p in drawn(kind, s) for a, b in p.facts}
+             for s in pages.SHARES}  # fmt: skip
+    scenes = {s: {str(p.facts) for p in drawn("scene", s)} for s in pages.SHARES}
+    for a, b in combinations(pages.SHARES, 2):
         assert not shown[a] & shown[b] and not scenes[a] & scenes[b]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_true(kind):
-    for page in pages(kind, "train", 60):
+    for page in drawn(kind, "train", 60):
         facts, rng = dict(page.facts), random.Random(0)
         for form, question, answer, value in world.questions(rng, page, rng):
             if form in ("doc", "dense", "chart", "info"):
@@ -82,7 +83,7 @@ def test_answers_are_true(kind):
                 options = dict(o.split() for o in zip_options(question))
                 assert options[value] == world.EATS[facts[place]]
             if form == "presence":
-                asked = next(o for o in world.OBJECTS if o in question.lower())
+                asked = next(o for o in pages.OBJECTS if o in question.lower())
                 assert (answer == "yes") == (asked in facts.values())
                 if answer == "no":
                     assert not {w for o in facts.values() for w in o.split()} & set(asked.split())
@@ -96,9 +97,9 @@ def zip_options(question):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_item_is_drawn_in_its_box_and_nowhere_else(kind):
-    for page in pages(kind, "train", 10):
-        whole, item = world.render(page), page.items.pop()
-        changed = np.argwhere((whole != world.render(page)).any(-1))
+    for page in drawn(kind, "train", 10):
+        whole, item = pages.render(page), page.items.pop()
+        changed = np.argwhere((whole != pages.render(page)).any(-1))
         (y0, x0), (y1, x1) = changed.min(0), changed.max(0)
         a, b, c, d = item.box
         assert a - 2 <= x0 <= x1 <= c + 2 and b - 2 <= y0 <= y1 <= d + 3
@@ -107,21 +108,22 @@ def test_an_item_is_drawn_in_its_box_and_nowhere_else(kind):
 
 def test_a_whole_window_shows_every_line_and_crops_show_parts():
     for kind in KINDS[:4]:
-        for page in pages(kind, "train", 30):
-            assert world.visible(page, (-9, -9, 999, 999)) == page.lines()
-            crop = world.crop(random.Random(0), page)
-            text = "".join("".join(world.visible(page, crop)).split())
+        for page in drawn(kind, "train", 30):
+            assert pages.visible(page, (-9, -9, 999, 999)) == page.lines()
+            crop = pages.crop(random.Random(0), page)
+            text = "".join("".join(pages.visible(page, crop)).split())
             assert text and len(text) < len("".join(page.lines()))
 
 
 def test_records_are_llava_records():
+    whole = {size for size, _ in pages.KINDS.values()}
     sizes = {"transcriptions": {(48, 48), (56, 56), (64, 64)}}
     for name in TASKS + MIXES[:-1]:
         for record in getattr(world, name)("test", 20, 0):
             talk = [turn["value"] for turn in record["conversations"]]
             assert "".join(talk).count("<image>") == 1 and talk[0].startswith("<image>\n")
             assert len(talk) % 2 == 0 and all(talk)
-            assert picture(record).size in sizes.get(name, set(world.SIZES.values()))
+            assert picture(record).size in sizes.get(name, whole)
             if name in TASKS:
                 assert len(talk) == 2 and talk[1].endswith(record["answer"])
             if name in TASKS[:6]:
@@ -157,7 +159,7 @@ def test_stage_0_speaks_the_templates_of_the_later_stages():
     record = next(world.instructions("train", 1, 0))
     talk = [turn["value"] for turn in record["conversations"]]
     turns = list(zip([talk[0].removeprefix("<image>\n"), *talk[2::2]], talk[1::2]))
-    seen = reading.shown(rng, world.layout(rng, "doc", "train"))
+    seen = reading.shown(rng, pages.layout(rng, "doc", "train"))
     ids, labels = encode(reading.TOKENIZER, read_turns(record["conversations"], 1), "qwen_1_5")
     spot = ids.index(IMAGE)
     row, learned = reading.chat(turns, seen)
@@ -170,19 +172,19 @@ def test_stage_0_speaks_the_templates_of_the_later_stages():
 
 def test_a_raster_shows_what_stands_where():
     reading = import_file(str(NANO / "reading.py"))
-    item = world.word("tax", 20.0, 30.0, 1, 0)
-    page = world.Page("doc", (96, 96), [item, world.word("305", 60.0, 30.0, 1, 0)], [])
+    item = pages.word("tax", 20.0, 30.0, 1, 0)
+    page = pages.Page("doc", (96, 96), [item, pages.word("305", 60.0, 30.0, 1, 0)], [])
     rows = [reading.raster(random.Random(s), page, (1, 1), (12, 12), (0, 0), reading.LINE)
             for s in range(40)]  # fmt: skip
     assert all(len(row) == 12 * 13 and row[12::13] == [reading.LINE] * 12 for row in rows)
-    drawn = {t for row in rows for t in row[3 * 13 : 3 * 13 + 12]} - {reading.BLANK}
-    assert set(reading.ids("tax ")) < drawn
+    tokens = {t for row in rows for t in row[3 * 13 : 3 * 13 + 12]} - {reading.BLANK}
+    assert set(reading.ids("tax ")) < tokens
     assert sum(t != reading.BLANK for t in rows[0][: 3 * 13] if t != reading.LINE) == 0
 
 
 def test_dense_labels_name_the_glyph_at_its_place():
     sight = import_file(str(NANO / "sight.py"))
-    page = world.Page("doc", (48, 48), [world.word("Tax", 10.0, 20.0, 1, 0)], [])
+    page = pages.Page("doc", (48, 48), [pages.word("Tax", 10.0, 20.0, 1, 0)], [])
     glyphs, things = sight.boxes(page)
     stem, halves, words, objects = sight.labels(glyphs, things, np.ones(4), np.zeros(4))
     named = {sight.GLYPHS[halves[spot]]: spot for spot in zip(*map(list, np.nonzero(halves)))}

@@ -15,6 +15,12 @@ def squares(split: str, count: int, seed: int) -> Iterator[dict]:
     for i in range(count):
         name = ("red", "green", "blue")[(i + seed) % 3]
         Image.new("RGB", (96, 96), name).save(file := io.BytesIO(), "PNG")
-        yield {"id": f"squares-{split}-{i}", "image": file.getvalue(), "source": "squares",
-               "conversations": [{"from": "human", "value": "<image>\nWhich colour is this?"},
-                                 {"from": "gpt", "value": name}]}
+        yield {
+            "id": f"squares-{split}-{i}",
+            "image": file.getvalue(),
+            "source": "squares",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhich colour is this?"},
+                {"from": "gpt", "value": name},
+            ],
+        }

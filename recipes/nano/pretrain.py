@@ -46,9 +46,14 @@ def main(recipe: Any) -> None:
         found[out.stem] = {"phases": phases, "text_only": reading.ceilings(model)}
         model.half().save_pretrained(out)
         vocabulary.build().save_pretrained(out)
-    note = {"world": world.VERSION, "seed": seed, "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": transformers.__version__,
-            "open_clip": open_clip.__version__}
+    note = {
+        "world": world.VERSION,
+        "seed": seed,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "open_clip": open_clip.__version__,
+    }
     path = out.parent / "scores.json"
     scores = json.loads(path.read_text()) if path.exists() else {}
     scores |= {part: record | note for part, record in found.items()}
@@ -63,7 +68,12 @@ if __name__ == "__main__":
     parser.add_argument("--run", default="runs/nano_pretrain", help="where phases are kept")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    main(argparse.Namespace(
-        run=asked.run, seed=asked.seed, encoder=asked.encoder and f"nano_{asked.encoder}",
-        encoder_weights=asked.out / f"encoder_{asked.encoder}.safetensors",
-        llm=asked.llm and str(asked.out / f"llm_{asked.llm}")))
+    main(
+        argparse.Namespace(
+            run=asked.run,
+            seed=asked.seed,
+            encoder=asked.encoder and f"nano_{asked.encoder}",
+            encoder_weights=asked.out / f"encoder_{asked.encoder}.safetensors",
+            llm=asked.llm and str(asked.out / f"llm_{asked.llm}"),
+        )
+    )

@@ -15,17 +15,19 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import pages
 import torch
 import torch.nn.functional as F
 import vocabulary
 import world
 from fit import fit
+from pages import Page, layout
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 SIZES = {"s": (64, 2, 176, 4), "m": (96, 3, 256, 4), "l": (160, 4, 432, 5)}
 STEPS = {"A": 1300, "B": 1300, "C": 2000}
-Row = tuple[list[int], list[bool]]      # ids, and which of them are learned
+Row = tuple[list[int], list[bool]]  # ids, and which of them are learned
 
 TOKENIZER = vocabulary.build()
 
@@ -36,26 +38,43 @@ def ids(text: str) -> tuple[int, ...]:
     return tuple(TOKENIZER(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
-END, START, PAD = (TOKENIZER.convert_tokens_to_ids(t) for t in
-                   ("<|im_end|>", "<|im_start|>", "<|endoftext|>"))
+END, START, PAD = (
+    TOKENIZER.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
+)
 (LINE,), (BLANK,), (DOT,) = ids("\n"), ids(" "), ids(".")
 SYSTEM, USER, ASSISTANT = (ids(part) for part in vocabulary.TEMPLATE)
 PAIR = {text: TOKENIZER.convert_tokens_to_ids(text) for text in vocabulary.PAIRS}
 DIGITS = [ids(d)[0] for d in "0123456789"]
 NAMES = [ids(f"{word} ")[0] for word in vocabulary.words()]
-KEYS = [ids(f"{key} ")[0] for key in world.KEYS]
-TOKENS = [*DIGITS, *KEYS, *sorted({*NAMES} - {*KEYS}), *(ids(w)[0] for w in vocabulary.words()),
-          *(ids(w.upper())[0] for w in vocabulary.words())]
+KEYS = [ids(f"{key} ")[0] for key in pages.KEYS]
+TOKENS = [
+    *DIGITS,
+    *KEYS,
+    *sorted({*NAMES} - {*KEYS}),
+    *(ids(w)[0] for w in vocabulary.words()),
+    *(ids(w.upper())[0] for w in vocabulary.words()),
+]
 
 
 def build(size: str) -> Qwen2ForCausalLM:
     """A Qwen2 of a nano size (hidden, layers, MLP, heads) with random weights."""
     hidden, layers, mlp, heads = SIZES[size]
-    return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=-(-len(TOKENIZER) // 8) * 8, hidden_size=hidden, num_hidden_layers=layers,
-        intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=heads,
-        tie_word_embeddings=True, max_position_embeddings=4096, initializer_range=0.05,
-        bos_token_id=None, eos_token_id=END, pad_token_id=PAD))
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=-(-len(TOKENIZER) // 8) * 8,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            intermediate_size=mlp,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            tie_word_embeddings=True,
+            max_position_embeddings=4096,
+            initializer_range=0.05,
+            bos_token_id=None,
+            eos_token_id=END,
+            pad_token_id=PAD,
+        )
+    )
 
 
 def chat(turns: list[tuple[str, str]], seen: list[int] | None = None) -> Row:
@@ -80,6 +99,7 @@ def plain(seen: list[int], text: str) -> Row:
 
 # ------------------------------------------------------------------------------ phase A
 
+
 def repeat(rng: random.Random, symbols: int) -> Row:
     """A random string twice: the second time can be foretold from the first.
 
@@ -98,7 +118,7 @@ def ambiguous(rng: random.Random, symbols: int) -> Row:
 
 def records(rng: random.Random, symbols: int, digits: int) -> Row:
     """Two to six lines "key value", then each asked once, in another order."""
-    keys = rng.sample(TOKENS[10:max(symbols, 34)], rng.randint(2, 6))
+    keys = rng.sample(TOKENS[10 : max(symbols, 34)], rng.randint(2, 6))
     values = [rng.choices(DIGITS, k=rng.randint(1, digits)) for _ in keys]
     row = [START, *USER]
     for key, value in zip(keys, values, strict=True):
@@ -136,13 +156,16 @@ class Exercises:
 
 # ------------------------------------------------------------------------------ phase B
 
-def twin(rng: random.Random, page: world.Page) -> list[int]:
+
+def twin(rng: random.Random, page: Page) -> list[int]:
     """A page as tokens: its plain lines, or loose ones with gaps, repeated words, empty lines."""
     if rng.random() < 1 / 3:
         return list(ids("\n".join(page.lines())))
     if page.kind == "scene":
-        cells = [list(ids(f"{thing} ")) if (thing := dict(page.facts).get(place)) else [BLANK]
-                 for place in world.PLACES]
+        cells = [
+            list(ids(f"{thing} ")) if (thing := dict(page.facts).get(place)) else [BLANK]
+            for place in pages.PLACES
+        ]
         return [t for i, cell in enumerate(cells) for t in cell + [LINE] * (i % 3 == 2)]
     row, line = [], -1
     for item in page.items:
@@ -163,11 +186,11 @@ def conversations(rng: random.Random) -> Row:
         return records(rng, len(TOKENS), 3)
     if dice < 0.24:
         return chat(world.facts_told(rng, rng.randint(3, 6)))
-    page = world.layout(rng, rng.choice(world.MIX), "train")
+    page = layout(rng, rng.choice(world.MIX), "train")
     return chat(turns_about(rng, page), twin(rng, page))
 
 
-def turns_about(rng: random.Random, page: world.Page) -> list[tuple[str, str]]:
+def turns_about(rng: random.Random, page: Page) -> list[tuple[str, str]]:
     """Four to eight questions, now and then a short caption."""
     turns = world.turns_about(rng, page)
     if rng.random() < 0.2:
@@ -177,8 +200,15 @@ def turns_about(rng: random.Random, page: world.Page) -> list[tuple[str, str]]:
 
 # ------------------------------------------------------------------------------ phase C
 
-def raster(rng: random.Random, page: world.Page, zoom: tuple[float, float],
-           grid: tuple[int, int], move: tuple[float, float], end: int | None) -> list[int]:
+
+def raster(
+    rng: random.Random,
+    page: Page,
+    zoom: tuple[float, float],
+    grid: tuple[int, int],
+    move: tuple[float, float],
+    end: int | None,
+) -> list[int]:
     """One token per 8x8 patch of a zoomed page; `end` behind each of the grid's rows.
 
     A patch shows the word that covers it, one or two digits, the colour or the shape of an
@@ -199,7 +229,7 @@ def raster(rng: random.Random, page: world.Page, zoom: tuple[float, float],
     return [token for row in cells for token in ([*row, end] if end is not None else row)]
 
 
-def printed(rng: random.Random, item: world.Item, zoom: float, move: float, y: float):
+def printed(rng: random.Random, item: pages.Item, zoom: float, move: float, y: float):
     """Where the glyphs of a word fall, patch by patch, and the token that stands for them."""
     patches: dict[int, str] = {}
     for char, left, right in zip(item.text, item.edges, item.edges[1:], strict=False):
@@ -216,16 +246,30 @@ def printed(rng: random.Random, item: world.Item, zoom: float, move: float, y: f
 
 
 # The grids that AnyRes may choose, oftener the ones in which print is legible.
-GRIDS = {"doc": ((3, 3), (3, 3), (2, 2), (4, 4)), "dense": ((3, 3), (3, 3), (4, 4)),
-         "chart": ((2, 2),), "info": ((2, 3), (2, 4), (2, 3), (1, 2)), "scene": ((2, 2),)}
+GRIDS = {
+    "doc": ((3, 3), (3, 3), (2, 2), (4, 4)),
+    "dense": ((3, 3), (3, 3), (4, 4)),
+    "chart": ((2, 2),),
+    "info": ((2, 3), (2, 4), (2, 3), (1, 2)),
+    "scene": ((2, 2),),
+}
 
 
-TASKS = {"doc": "doc", "dense": "dense", "chart": "chart", "info": "info", "scene": "scene",
-         "eats": "scene", "choice": "scene", "presence": "scene", "transcribe": "doc",
-         "caption": "scene"}
+TASKS = {
+    "doc": "doc",
+    "dense": "dense",
+    "chart": "chart",
+    "info": "info",
+    "scene": "scene",
+    "eats": "scene",
+    "choice": "scene",
+    "presence": "scene",
+    "transcribe": "doc",
+    "caption": "scene",
+}
 
 
-def shown(rng: random.Random, page: world.Page, only_base: float = 0.15) -> list[int]:
+def shown(rng: random.Random, page: Page, only_base: float = 0.15) -> list[int]:
     """The base view, then the tiles of a grid (or none, now and then), as tokens."""
     (w, h), (a, b) = page.size, rng.choice(GRIDS[page.kind])
     base = raster(rng, page, (48 / w, 48 / h), (6, 6), (0, 0), None)
@@ -238,12 +282,12 @@ def shown(rng: random.Random, page: world.Page, only_base: float = 0.15) -> list
 
 def rasters(rng: random.Random) -> Row:
     """A crop with its transcription, a page with a caption, or a conversation about rasters."""
-    dice, page = rng.random(), world.layout(rng, rng.choice(world.MIX), "train")
+    dice, page = rng.random(), layout(rng, rng.choice(world.MIX), "train")
     if dice < 0.35:
-        x, y, end, _ = window = world.crop(rng, page)
+        x, y, end, _ = window = pages.crop(rng, page)
         zoom = 48 / (end - x)
         seen = raster(rng, page, (zoom, zoom), (6, 6), (x * zoom, y * zoom), None)
-        return plain(seen, "\n".join(world.visible(page, window)))
+        return plain(seen, "\n".join(pages.visible(page, window)))
     if dice < 0.42:
         seen = raster(rng, page, (48 / page.size[0], 48 / page.size[1]), (6, 6), (0, 0), None)
         return plain(seen, world.short_caption(rng, page))
@@ -254,12 +298,13 @@ def rasters(rng: random.Random) -> Row:
 
 # ------------------------------------------------------------------------------ training
 
+
 def sorted_batches(make: Callable[[], Row], n: int, ahead: int = 16):
     """Batches of n rows of like lengths (a batch is as long as its longest row), without end."""
     rng = random.Random(0)
     while True:
         rows = sorted((make() for _ in range(n * ahead)), key=lambda row: len(row[0]))
-        groups = [rows[i:i + n] for i in range(0, len(rows), n)]
+        groups = [rows[i : i + n] for i in range(0, len(rows), n)]
         rng.shuffle(groups)
         yield from groups
 
@@ -276,8 +321,9 @@ def learn(model: Qwen2ForCausalLM, rows: list[Row]) -> tuple[Tensor, dict]:
     return F.cross_entropy(logits, target), {"right": right, "tokens": float(tokens.numel())}
 
 
-def train(size: str, folder: Path, steps: dict[str, int] = STEPS, seed: int = 0
-          ) -> tuple[Qwen2ForCausalLM, dict]:
+def train(
+    size: str, folder: Path, steps: dict[str, int] = STEPS, seed: int = 0
+) -> tuple[Qwen2ForCausalLM, dict]:
     """The three phases; returns the model and its records."""
     torch.manual_seed(seed)
     model, rng = build(size), random.Random(f"reading {seed}")
@@ -290,13 +336,16 @@ def train(size: str, folder: Path, steps: dict[str, int] = STEPS, seed: int = 0
         exercises.right += 0.1 * (figures["right"] - exercises.right)
         return loss, figures
 
-    def run(phase: str, loss: Callable[[int], tuple[Tensor, dict]], lr: float, final: float
-            ) -> dict:
+    def run(
+        phase: str, loss: Callable[[int], tuple[Tensor, dict]], lr: float, final: float
+    ) -> dict:
         return fit(f"llm_{size}_{phase}", model, loss, steps[phase], lr, folder, final)
 
-    return model, {"A": run("A", phase_a, 2.5e-3, 1.0),
-                   "B": run("B", lambda _: learn(model, next(twins)), 2.5e-3, 0.4),
-                   "C": run("C", lambda _: learn(model, next(views)), 2e-3, 0.05)}
+    return model, {
+        "A": run("A", phase_a, 2.5e-3, 1.0),
+        "B": run("B", lambda _: learn(model, next(twins)), 2.5e-3, 0.4),
+        "C": run("C", lambda _: learn(model, next(views)), 2e-3, 0.05),
+    }
 
 
 @torch.no_grad()
@@ -311,7 +360,7 @@ def ceilings(model: Qwen2ForCausalLM, n: int = 100) -> dict:
         right = {"text": 0, "raster": 0}
         for i in range(n):
             rng = random.Random(f"ceiling {task} {i}")
-            page = world.layout(rng, kind, "test")
+            page = layout(rng, kind, "test")
             asked = [q for q in world.questions(None, page, rng) if q[0] == task]
             _, question, answer, _ = rng.choice(asked)
             views = {"text": list(ids("\n".join(page.lines()))), "raster": shown(rng, page, 0)}

@@ -11,9 +11,9 @@ import string
 from pathlib import Path
 
 import numpy as np
+import pages
 import torch
 import torch.nn.functional as F
-import world
 from fit import fit
 from PIL import Image
 from torch import Tensor, nn
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from nanollava.encoder import ENCODERS, build
 
 R, MARGIN = 48, 16
-STEPS = (2500, 10000)                                           # stem alone, whole tower
+STEPS = (2500, 10000)  # stem alone, whole tower
 HEADS = ("stem", "char", "word", "object")
-GLYPHS = "\0" + string.ascii_lowercase + string.digits          # 37 classes, 0 is blank
-WORDS = ["", *world.KEYS, "#", "?"]                             # none, a key, a number, other
+GLYPHS = "\0" + string.ascii_lowercase + string.digits  # 37 classes, 0 is blank
+WORDS = ["", *pages.KEYS, "#", "?"]  # none, a key, a number, other
 KINDS = ("doc", "doc", "dense", "dense", "chart", "info", "info", "scene")
 # Scales of the AnyRes grids (4x4, 3x3, 2x2, and 2 of 3) and of the squashed base view.
 SCALES = (1, 1, 1, 0.75, 0.75, 0.75, 0.67, 0.5, 0)
@@ -33,12 +33,12 @@ SCALES = (1, 1, 1, 0.75, 0.75, 0.75, 0.67, 0.5, 0)
 class Windows:
     """A pool of pages at several scales, from which windows with labels are cut."""
 
-    def __init__(self, rng: random.Random, pages: int, split: str):
+    def __init__(self, rng: random.Random, count: int, split: str):
         self.rng, self.pool = rng, []
-        for _ in range(pages):
+        for _ in range(count):
             made = ["".join(rng.choices(GLYPHS[1:27], k=rng.randint(2, 5))) for _ in range(8)]
-            page = world.layout(rng, rng.choice(KINDS), split, [*world.KEYS, *made])
-            self.pool.append((Image.fromarray(world.render(page)), *boxes(page)))
+            page = pages.layout(rng, rng.choice(KINDS), split, [*pages.KEYS, *made])
+            self.pool.append((Image.fromarray(pages.render(page)), *boxes(page)))
 
     def cut(self, scale: float | None = None) -> tuple[np.ndarray, ...]:
         """A window uint8[R, R, 3] and its labels: stem [12, 12], halves [6, 12], word, object."""
@@ -46,8 +46,8 @@ class Windows:
         scale = self.rng.choice(SCALES) if scale is None else scale
         sx, sy = (scale, scale) if scale else (R / image.width, R / image.height)
         w, h = image.width * sx, image.height * sy
-        a, b, c, d = self.rng.choice([*glyphs[:, :4], *things[:, :4]])   # look at something
-        slack = MARGIN if scale else 0                                   # black beside a page
+        a, b, c, d = self.rng.choice([*glyphs[:, :4], *things[:, :4]])  # look at something
+        slack = MARGIN if scale else 0  # black beside a page
         x = (a + c) / 2 * sx - self.rng.uniform(0, R)
         y = (b + d) / 2 * sy - self.rng.uniform(0, R)
         x = min(max(x, -slack), max(0, w - R + slack))
@@ -58,7 +58,7 @@ class Windows:
         x1, y1 = min(x + R, round(w)), min(y + R, round(h))
         source = (x0 / sx, y0 / sy, min(x1 / sx, image.width), min(y1 / sy, image.height))
         part = image.resize((x1 - x0, y1 - y0), Image.BICUBIC, source)
-        view[y0 - y:y1 - y, x0 - x:x1 - x] = np.asarray(part)
+        view[y0 - y : y1 - y, x0 - x : x1 - x] = np.asarray(part)
         move = np.array([x, y, x, y])
         zoom = np.array([sx, sy, sx, sy])
         return view, *labels(glyphs, things, zoom, move)
@@ -70,13 +70,13 @@ class Windows:
         return [views.permute(0, 3, 1, 2).contiguous(), *marks]
 
 
-def boxes(page: world.Page) -> tuple[np.ndarray, np.ndarray]:
+def boxes(page: pages.Page) -> tuple[np.ndarray, np.ndarray]:
     """Rows (x0, y0, x1, y1, class, word, word x0, word x1) of glyphs; (box, object) of objects."""
     glyphs, things = [], []
     for item in page.items:
         a, b, c, d = item.box
         if not item.drawn:
-            things.append((a, b, c, d, 1 + world.OBJECTS.index(item.text)))
+            things.append((a, b, c, d, 1 + pages.OBJECTS.index(item.text)))
             continue
         name = item.text if item.text in WORDS else "#" if item.text.isdigit() else "?"
         for char, left, right in zip(item.text, item.edges, item.edges[1:], strict=False):
@@ -84,8 +84,9 @@ def boxes(page: world.Page) -> tuple[np.ndarray, np.ndarray]:
     return np.array(glyphs).reshape(-1, 8), np.array(things).reshape(-1, 5)
 
 
-def labels(glyphs: np.ndarray, things: np.ndarray, zoom: np.ndarray, move: np.ndarray
-           ) -> tuple[np.ndarray, ...]:
+def labels(
+    glyphs: np.ndarray, things: np.ndarray, zoom: np.ndarray, move: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """Dense labels of the window at `move` of a page zoomed by `zoom`; -100 where it is unclear."""
     stem, halves = np.zeros((12, 12), np.int64), np.zeros((6, 12), np.int64)
     names, objects = np.zeros((6, 6), np.int64), np.zeros((6, 6), np.int64)
@@ -115,18 +116,18 @@ class Sight(nn.Module):
         super().__init__()
         row = ENCODERS[name]
         self.encoder = build(row, "random")
-        self.stem = self.encoder.visual.conv1[:6]               # up to 4-pixel cells
+        self.stem = self.encoder.visual.conv1[:6]  # up to 4-pixel cells
         self.on_stem = nn.Conv2d(row.stem[-1], len(GLYPHS), 1)
         self.glyph = nn.Linear(row.width, 2 * len(GLYPHS))
         self.word = nn.Linear(row.width, len(WORDS))
-        self.thing = nn.Linear(row.width, 1 + len(world.OBJECTS))
+        self.thing = nn.Linear(row.width, 1 + len(pages.OBJECTS))
 
     def forward(self, views: Tensor) -> tuple[Tensor, ...]:
         """uint8[N, 3, R, R] -> logits [N, 12, 12, .] of stem, [N, 6, 12, .] of halves,
         [N, 6, 6, .] of word and object."""
         cells = []
         hook = self.stem[-1].register_forward_hook(lambda _, __, out: cells.append(out))
-        seen = self.encoder(views).unflatten(1, (6, 6))         # (N, 6, 6, C)
+        seen = self.encoder(views).unflatten(1, (6, 6))  # (N, 6, 6, C)
         hook.remove()
         halves = self.glyph(seen).unflatten(-1, (2, -1)).flatten(2, 3)
         return self.on_stem(cells[0]).permute(0, 2, 3, 1), halves, self.word(seen), self.thing(seen)
@@ -150,8 +151,9 @@ def accuracy(out: tuple[Tensor, ...], targets: list[Tensor]) -> dict[str, float]
     return {head: hits(o, t) for head, o, t in zip(HEADS, out, targets, strict=True)}
 
 
-def train(size: str, folder: Path, steps: tuple[int, int] = STEPS, seed: int = 0
-          ) -> tuple[Sight, dict]:
+def train(
+    size: str, folder: Path, steps: tuple[int, int] = STEPS, seed: int = 0
+) -> tuple[Sight, dict]:
     """The two phases, glyphs in the stem and then everything; returns the model and its records."""
     torch.manual_seed(seed)
     name = f"nano_{size}"
@@ -169,8 +171,10 @@ def train(size: str, folder: Path, steps: tuple[int, int] = STEPS, seed: int = 0
         losses = [entropy(o, t) for o, t in zip(out, targets, strict=True)]
         return sum(losses[1:]) + 0.5 * losses[0], accuracy(out, targets)
 
-    records = {"stem": fit(f"{name}_stem", model, stem_loss, steps[0], 3e-3, folder),
-               "dense": fit(f"{name}_dense", model, dense_loss, steps[1], 2e-3, folder)}
+    records = {
+        "stem": fit(f"{name}_stem", model, stem_loss, steps[0], 3e-3, folder),
+        "dense": fit(f"{name}_dense", model, dense_loss, steps[1], 2e-3, folder),
+    }
     return model, records
 
 

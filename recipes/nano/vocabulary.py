@@ -12,6 +12,7 @@ one patch: no text is ever cut into them, only stage 0's patch rasters use them 
 
 from pathlib import Path
 
+import pages
 import world
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
@@ -28,7 +29,7 @@ PIECES = r"[A-Za-z]+ ?|\p{N}|[^\sA-Za-z\p{N}] ?|\s"
 def words() -> list[str]:
     """Every word of the world and of its questions, lower case, sorted."""
     asked = " ".join(text for forms in world.ASK.values() for text in forms)
-    names = " ".join([*world.NAMES.values(), *world.OBJECTS, *world.PLACES, *world.KEYS])
+    names = " ".join([*world.NAMES.values(), *pages.OBJECTS, *pages.PLACES, *pages.KEYS])
     more = "yes no eats with and an frame moves up down text many things are which from to on"
     letters = "".join(c.lower() if c.isalpha() else " " for c in " ".join([asked, names, more]))
     return sorted({*letters.split(), *world.FOODS})
@@ -42,16 +43,23 @@ def build() -> PreTrainedTokenizerFast:
     pieces = [*sorted(ByteLevel.alphabet()), *cases, *(t.replace(" ", "Ġ") for t in spaced), *PAIRS]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(pieces))}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
-    core.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PIECES), "isolated"),
-        ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     core.add_tokens([AddedToken(t, special=False, normalized=False) for t in TEMPLATE])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"], model_max_length=4096,
-        clean_up_tokenization_spaces=False)
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 if __name__ == "__main__":
