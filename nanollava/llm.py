@@ -100,6 +100,9 @@ def packed_attention(
         out = kernel(*rows, ends, ends, max(lengths), max(lengths), softmax_scale=scaling,
                      causal=True)  # fmt: skip
         return out[None], None
+    dtype = query.dtype
+    if not query.is_cuda:  # the CPU's float32 kernel is faster than its bf16 one: 5x at 45 tokens
+        query, key, value = query.float(), key.float(), value.float()
     if cache is not None:
         pairs = cache.extend(module.layer_idx, key[0], value[0], lengths)
     else:
@@ -108,7 +111,7 @@ def packed_attention(
         one_document(q, *(x.repeat_interleave(groups, 0) if groups > 1 else x for x in kv), scaling)
         for q, kv in zip(query[0].split(lengths, 1), pairs, strict=True)
     ]
-    return torch.cat(out, dim=1).transpose(0, 1)[None], None
+    return torch.cat(out, dim=1).transpose(0, 1)[None].to(dtype), None
 
 
 AttentionInterface.register("packed", packed_attention)

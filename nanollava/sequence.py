@@ -49,6 +49,11 @@ class Pack:
     lengths: tuple[int, ...]  # of the documents; they add up to S
     sources: tuple[str, ...]
 
+    @property
+    def learned(self) -> int:
+        """Supervised tokens."""
+        return len(self.targets)
+
     def to(self, device: torch.device | str) -> "Pack":
         """The same pack with its tensors on a device."""
         moved = {

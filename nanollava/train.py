@@ -5,16 +5,12 @@ next stage, `evaluate`, `chat` and the demo can load. The loss is the mean over 
 tokens of the whole batch, over all microbatches and processes. The same recipe again resumes.
 """
 
-import csv
-import json
-import platform
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -29,21 +25,20 @@ from tqdm import tqdm
 
 from nanollava.cost import forward_flops, rates, step_flops
 from nanollava.data import make_loader, prepare
-from nanollava.model import VLM, load_weights, save
-from nanollava.recipe import Recipe, Stage, differences, read_recipe, write_recipe
+from nanollava.model import TRAIN, VLM, load_weights, save
+from nanollava.recipe import Recipe, Stage
+from nanollava.runs import add_losses, check_run, keep_losses, open_run
 from nanollava.sequence import Document, Pack, pack, split
-
-PACKAGES = ("torch", "transformers", "mosaicml", "mosaicml-streaming", "open_clip_torch")
-COLUMNS = ("stage", "step", "source", "loss", "tokens", "lr", "seconds")
 
 
 class Student(ComposerModel):
-    """The model as Composer trains it; keeps each microbatch's loss by source for the log."""
+    """The model as Composer trains it; sums up losses by source for the log."""
 
-    def __init__(self, model: VLM, train: str):
+    def __init__(self, model: VLM, stage: Stage):
         super().__init__()
-        self.model, self.train_set, self.rates = model, train, rates(model)
-        self.by_source: dict[str, list[float]] = {}
+        self.model, self.train_set, self.rates = model, TRAIN[stage.train], rates(model)
+        self.sources = [name for name, times in stage.sources.items() if times]
+        self.table = torch.zeros(len(self.sources), 2, dtype=torch.float64)  # loss sum, tokens
 
     def forward(self, packed: Pack) -> Tensor:
         """The loss of each supervised token of a pack, float32[K]."""
@@ -51,12 +46,11 @@ class Student(ComposerModel):
 
     def loss(self, losses: Tensor, packed: Pack) -> Tensor:
         """Their mean; Composer weighs it by the pack's share of the batch's supervised tokens."""
-        each = losses.detach()[: len(packed.owner)]
-        sums = each.new_zeros(len(packed.lengths)).index_add_(0, packed.owner, each)
-        counts = packed.owner.bincount(minlength=len(packed.lengths)).tolist()
-        for source, total, n in zip(packed.sources, sums.tolist(), counts, strict=False):
-            entry = self.by_source.setdefault(source, [0.0, 0])
-            entry[0], entry[1] = entry[0] + total, entry[1] + n
+        if packed.learned:
+            source = torch.tensor([self.sources.index(name) for name in packed.sources])
+            each = losses.detach().cpu().double()
+            rows = torch.stack([each, torch.ones_like(each)], dim=1)
+            self.table.index_add_(0, source[packed.owner.cpu()], rows)
         return losses.mean()
 
     def flops_per_batch(self, documents: Sequence[Document]) -> int:
@@ -81,72 +75,52 @@ def splitter(tile: int) -> Callable[[list[Document], int], list[Pack]]:
 
 def count_tokens(batch: list[Document] | Pack) -> dict[str, int]:
     """Positions and supervised tokens of a batch or of one pack."""
-    if isinstance(batch, Pack):
-        return {"total": sum(batch.lengths), "loss_generating": len(batch.targets)}
-    return {
-        "total": sum(len(d.ids) for d in batch),
-        "loss_generating": sum(d.learned for d in batch),
-    }
+    rows = [batch] if isinstance(batch, Pack) else batch
+    return {"total": sum(len(r.ids) for r in rows), "loss_generating": sum(r.learned for r in rows)}
 
 
 class Report(Callback):
     """The progress bar, losses.csv, and a clean stop at SIGTERM or at a loss that is no number."""
 
-    def __init__(self, name: str, file: Path, sources: Sequence[str], interval: int):
-        self.name, self.file, self.sources = name, file, sorted(sources)
-        self.interval, self.stop, self.bar, self.start = interval, False, None, 0.0
-        self.before = signal.getsignal(signal.SIGTERM)
+    def __init__(self, run: Path, name: str, interval: int):
+        self.run, self.name, self.interval = run, name, interval
+        self.stop, self.bar, self.before = False, None, signal.getsignal(signal.SIGTERM)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop", True))
         self.start, self.tokens = time.perf_counter(), int(state.timestamp.token)
-        if dist.get_global_rank():
-            return
-        done, total = int(state.timestamp.batch), int(state.max_duration.value)
-        rows = list(csv.DictReader(self.file.open())) if self.file.exists() else []
-        with self.file.open("w", newline="") as out:  # steps after the checkpoint are done again
-            writer = csv.DictWriter(out, COLUMNS)
-            writer.writeheader()
-            writer.writerows(r for r in rows if r["stage"] != self.name or int(r["step"]) <= done)
-        self.bar = tqdm(total=total, initial=done, desc=self.name, unit="step", mininterval=1.0)
+        if dist.get_global_rank() == 0:
+            done, total = int(state.timestamp.batch), int(state.max_duration.value)
+            keep_losses(self.run, self.name, done)
+            self.bar = tqdm(total=total, initial=done, desc=self.name, unit="step", mininterval=1)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         student = state.model.module if dist.get_world_size() > 1 else state.model
-        mine = student.by_source
-        table = torch.tensor(
-            [[*mine.get(s, (0.0, 0))] for s in self.sources] + [[float(self.stop), 0]],
-            dtype=torch.float64,
-        )
+        stop = torch.tensor([[float(self.stop), 0]], dtype=torch.float64)
+        table = torch.cat([student.table, student.table.sum(0, keepdim=True), stop])
         dist.all_reduce(table)
-        student.by_source = {}
+        student.table.zero_()
         *rows, (stop, _) = table.tolist()
         self.stop = bool(stop)
-        total, tokens = (sum(column) for column in zip(*rows, strict=True))
-        step, seconds = int(state.timestamp.batch), time.perf_counter() - self.start
-        loss = total / tokens
-        if loss != loss or loss == float("inf"):
-            names = [d.name for d in state.batch]
+        step, loss = int(state.timestamp.batch), rows[-1][0] / rows[-1][1]
+        if not isfinite(loss):
+            names = [document.name for document in state.batch]
             raise ValueError(f"{self.name} step {step}: the loss is {loss}; samples {names}")
         if self.bar is None:
             return
+        seconds = time.perf_counter() - self.start
         lr = max(group["lr"] for group in state.optimizers[0].param_groups)
-        lines = [
-            ("all", total, tokens),
-            *((s, *r) for s, r in zip(self.sources, rows, strict=True)),
-        ]
-        with self.file.open("a", newline="") as out:
-            csv.writer(out).writerows(
-                (self.name, step, source, f"{t / n:.6f}", int(n), f"{lr:.3g}", f"{seconds:.2f}")
-                for source, t, n in lines if n
-            )  # fmt: skip
+        add_losses(self.run, [
+            (self.name, step, source, f"{total / n:.6f}", int(n), f"{lr:.3g}", f"{seconds:.2f}")
+            for source, (total, n) in zip([*student.sources, "all"], rows, strict=True) if n
+        ])  # fmt: skip
         speed = (int(state.timestamp.token) - self.tokens) / seconds
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update(step - self.bar.n)
 
     def due(self, state: State, event: object) -> bool:
         """Whether a checkpoint is to be written now: every interval, and before stopping."""
-        step = int(state.timestamp.batch)
-        return self.stop or step % self.interval == 0
+        return self.stop or int(state.timestamp.batch) % self.interval == 0
 
     def batch_start(self, state: State, logger: Logger) -> None:
         if self.stop:
@@ -192,8 +166,7 @@ def run_stage(recipe: Recipe, name: str, model: VLM) -> None:
         model.llm.gradient_checkpointing_enable()
     if dist.get_global_rank() == 0:
         announce(name, stage, counts, steps)
-    sources = [s for s, times in stage.sources.items() if times]
-    report = Report(name, run / "losses.csv", sources, stage.save_interval)
+    report = Report(run, name, stage.save_interval)
     data = DataSpec(
         loader,
         split_batch=splitter(model.row.tile),
@@ -203,7 +176,7 @@ def run_stage(recipe: Recipe, name: str, model: VLM) -> None:
     )
     rates = (stage.lr, stage.vision_lr, stage.projector_lr or stage.lr, stage.weight_decay)
     trainer = Trainer(
-        model=Student(model, stage.train),
+        model=Student(model, stage),
         train_dataloader=data,
         optimizers=torch.optim.AdamW(model.groups(*rates), fused=True),
         schedulers=CosineAnnealingWithWarmupScheduler(f"{round(steps * stage.warmup)}ba"),
@@ -241,40 +214,6 @@ def checkpointing(name: str, run: Path, report: Report) -> dict:
     }
 
 
-def environment(recipe: Recipe) -> dict:
-    """What a result depends on besides the recipe."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "python": platform.python_version(), **{p: version(p) for p in PACKAGES},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "processes": dist.get_world_size(), "commit": commit, "seed": recipe.seed,
-    }  # fmt: skip
-
-
-def check_run(recipe: Recipe) -> None:
-    """Refuse a run folder that holds a run of another recipe."""
-    file = Path(recipe.run) / "recipe.yaml"
-    changed = differences(read_recipe(file), recipe) if file.exists() else []
-    if changed and not recipe.fresh:
-        raise ValueError(
-            f"{recipe.run} holds a run of another recipe:\n  "
-            + "\n  ".join(changed)
-            + "\nGive another folder (run=...), or fresh=true to delete it and start anew"
-        )
-
-
-def open_run(recipe: Recipe) -> None:
-    """Make the run folder: the resolved recipe and what else a result depends on."""
-    run = Path(recipe.run)
-    if recipe.fresh:
-        shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True, exist_ok=True)
-    write_recipe(replace(recipe, fresh=False), run / "recipe.yaml")
-    (run / "environment.json").write_text(json.dumps(environment(recipe), indent=1))
-
-
 def train(recipe: Recipe) -> Path:
     """All stages of a recipe; returns the run folder. All nodes must see run and data folders."""
     dist.initialize_dist(get_device(None), timeout=3600)
@@ -282,7 +221,7 @@ def train(recipe: Recipe) -> Path:
     check_run(recipe)
     dist.barrier()
     if first:
-        open_run(recipe)
+        open_run(recipe, dist.get_world_size())
         prepare(recipe)
     dist.barrier()
     if (run / "model.safetensors").exists():

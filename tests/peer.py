@@ -92,7 +92,8 @@ def tower(size: Size, folder: Path) -> Row:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, and ChatML's special ones."""
-    core = Tokenizer(models.BPE({c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # their own order changes by process
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
@@ -232,18 +233,19 @@ def processor(model: VLM) -> LlavaOnevisionProcessor:
 
 
 def padded_step(peer: LlavaOnevisionForConditionalGeneration, views: int, rows: int, length: int):
-    """One training step of the peer on a padded batch, part by part: its forward looks at values.
+    """One training step of the peer on a padded batch, part by part on "meta".
 
-    Attention is causal without a mask, which is less than a CPU computes under a padding mask.
-    The cache only keeps transformers from looking for packed sequences.
+    Its own forward looks at values, which are not there. Under a padding mask sdpa computes the
+    whole square, above the diagonal too.
     """
     vision = peer.config.vision_config
     pixels = torch.empty(views, 3, vision.image_size, vision.image_size, device="meta")
     hidden = peer.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
     seen = peer.model.multi_modal_projector(hidden)
     embeds = torch.empty(rows, length, seen.shape[-1], device="meta") + 0 * seen.sum()
-    out = peer.model.language_model(inputs_embeds=embeds, use_cache=True).last_hidden_state
-    peer.lm_head(out).sum().backward()
+    mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="meta")
+    out = peer.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+    peer.lm_head(out.last_hidden_state).sum().backward()
 
 
 class Useful(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""AnyRes: which grid, how many tokens, which pixels; equal to the references, integer by integer."""
+"""AnyRes: which grid, how many tokens, which pixels; integer by integer as the references do."""
 
 import random
 from math import ceil, isqrt, sqrt
@@ -53,15 +53,18 @@ def test_ranges_and_lists():
     assert parse_grids("1x2+2x1+12x1") == ((1, 2), (2, 1), (12, 1))
 
 
-@pytest.mark.parametrize("text", ["", "0x2", "2x0", "x", "2", "2x2x2", "3x3..2x2", "five", "1x2+", "2x2..", "100x1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    ["", "0x2", "2x0", "x", "2", "2x2x2", "3x3..2x2", "2x2..3x1", "five", "1x2+", "2x2..", "100x1"],
+)
 def test_no_grid_is_named(text):
     with pytest.raises(ValueError, match="is no grid: write base, 5grids"):
         parse_grids(text)
 
 
 def test_budgets():
-    assert parse_budget("5T", 729) == parse_budget("(4+1)T", 729) == parse_budget("5*T", 729) == 3645
-    assert parse_budget("3645", 729) == 3645
+    for text in ("5T", "(4+1)T", "5*T", "3645"):
+        assert parse_budget(text, 729) == 3645
     for text in ("", "T5", "5.5T", "-5T", "(4)T", "4+1T", "T"):
         with pytest.raises(ValueError, match="write '5T'"):
             parse_budget(text, 729)
@@ -128,7 +131,7 @@ def test_mosaic_of_other_towers_equals_hf(side, grids, size):
 def released_tokens(size, grid, side, extra):
     """LLaVA-NeXT's unpad_image and budget with its own rounding: int(), where HF rounds first."""
     (W, H), (h, w) = size, (grid[1] * side, grid[0] * side)
-    if W / H > w / h:
+    if w / h < W / H:
         h -= (h - int(H * (w / W))) // 2 * 2
     else:
         w -= (w - int(W * (h / H))) // 2 * 2
@@ -290,7 +293,8 @@ def test_views_equal_pil_bicubic(size, R, side):
     pairs += [(stitch(views, plan), image.resize(plan.fitted, Image.BICUBIC))]
     for ours, theirs in pairs:
         error = (ours.permute(1, 2, 0).int() - torch.from_numpy(np.array(theirs)).int()).abs()
-        assert error.max() <= 2 and error.float().mean() <= 0.01, (error.max(), error.float().mean())
+        assert error.max() <= 2
+        assert error.float().mean() <= 0.01
 
 
 @pytest.mark.parametrize("size", SHAPES)

@@ -100,8 +100,9 @@ def test_exact_and_last_word():
 
 def test_f1_by_hand():
     """hits 2, said 3, true 4: precision 2/3, recall 1/2, F1 4/7."""
-    rows = [("yes", "yes"), ("Yes ", "yes"), ("yes", "no"), ("no", "yes"), ("?", "yes"), ("no", "no")]
-    table = np.array([said_yes(p, r) for p, r in rows])
+    answers = ["yes", "Yes ", "yes", "no", "?", "no"]
+    truth = ["yes", "yes", "no", "yes", "yes", "no"]
+    table = np.array([said_yes(p, r) for p, r in zip(answers, truth)])
     assert table[:, 0].sum() == 3 and table[:, 1].sum() == 4
     assert f1(table) == pytest.approx(4 / 7)
     assert f1(np.zeros((3, 2))) == 0

@@ -127,6 +127,20 @@ def test_newlines_end_the_raster_rows():
     assert torch.equal(out[rest], tokens)
 
 
+def test_base_view_alone_is_pooled_too():
+    plan = plan_of(max_grid="base", max_visual_tokens="9")
+    x = features(plan)
+    assert plan.views == 1 and len(x) == 1
+    assert torch.allclose(pool(x, plan, "average"), halved(x[0]), atol=1e-6)
+
+
+def test_one_row_of_tiles_of_one_token_has_one_newline():
+    plan = plan_of((96, 48), max_visual_tokens="3")
+    assert plan.grid == (2, 1) and plan.side == 1 and plan.length == 3 + 1
+    out = add_newlines(torch.tensor([[1.0], [2.0], [3.0]]), plan, torch.tensor([9.0]))
+    assert out[:, 0].tolist() == [1, 2, 3, 9]
+
+
 def test_no_newlines_without_tiles_or_when_flat():
     newline = torch.zeros(4)
     for plan in (plan_of(max_grid="base"), plan_of(arrange="flat")):
@@ -199,7 +213,8 @@ def test_mosaic_of_a_hair_has_newlines_only():
 def test_resample_leaves_the_same_size_alone():
     maps = torch.randn(1, 2, 4, 4)
     assert resample(maps, (4, 4), "average") is maps
-    assert resample(maps, (4, 2), "average").shape == (1, 2, 4, 2)
+    for size in ((4, 2), (2, 4)):
+        assert torch.equal(resample(maps, size, "average"), F.adaptive_avg_pool2d(maps, size))
 
 
 # ---- through the model: pooling before and after the projector are orthogonal to the rest
@@ -211,7 +226,9 @@ def model_with(tiny_model, **keys):
     return model
 
 
-@pytest.mark.parametrize("budget,arrange", [("per_view", "raster"), ("per_view", "flat"), ("mosaic", "raster")])  # fmt: skip
+@pytest.mark.parametrize(
+    "budget,arrange", [("per_view", "raster"), ("per_view", "flat"), ("mosaic", "raster")]
+)
 @pytest.mark.parametrize("pooling", ["bilinear", "average"])
 @pytest.mark.parametrize("after", [True, False])
 def test_see_is_the_parts_in_a_row(tiny_model, budget, arrange, pooling, after):

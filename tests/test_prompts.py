@@ -37,7 +37,7 @@ def qwen():
 
 @pytest.fixture(scope="module")
 def llama():
-    """SentencePiece's habits: a space before the text and inside the tokens, bytes as a fallback."""
+    """SentencePiece's habits: a space before the text and in the tokens, bytes as a fallback."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{b:02X}>": 3 + b for b in range(256)}
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:?!'<>|_/-"
     for c in "▁" + letters:
@@ -166,7 +166,7 @@ def test_labels_token_by_token(qwen):
 
 
 def test_released_mask_token_by_token(qwen):
-    """LLaVA-NeXT's preprocess_qwen: answers with their headers; im_start, im_end, newline always."""
+    """LLaVA-NeXT's preprocess_qwen: answers with headers; im_start, im_end, newline always."""
     ids, labels = encode(qwen, talk("<image>\na\nb", "cat", "d", "e"), "qwen_1_5", "released")
     tokens = ["[image]" if t == IMAGE else qwen.convert_ids_to_tokens(t) for t in ids]
     expected, role = [], None
@@ -180,7 +180,8 @@ def test_released_mask_token_by_token(qwen):
         label for label in labels if label != IGNORE
     ]
     ours = encode(qwen, talk("<image>\na\nb", "cat", "d", "e"), "qwen_1_5")[1]
-    assert sum(a != b for a, b in zip(labels, ours)) == 4 + 6 + 11 + 4 + 11, "what the mask adds, by turn"
+    added = sum(a != b for a, b in zip(labels, ours))
+    assert added == 4 + 6 + 11 + 4 + 11, "system, user, answer, user, answer"
 
 
 def test_released_mask_changes_chatml_only(llama):

@@ -159,7 +159,7 @@ def test_stage_0_speaks_the_templates_of_the_later_stages():
     record = next(world.instructions("train", 1, 0))
     talk = [turn["value"] for turn in record["conversations"]]
     turns = list(zip([talk[0].removeprefix("<image>\n"), *talk[2::2]], talk[1::2]))
-    seen = reading.shown(rng, pages.layout(rng, "doc", "train"))
+    seen = reading.shown(rng, pages.layout(rng, "doc", "train"), (3, 3))
     ids, labels = encode(reading.TOKENIZER, read_turns(record["conversations"], 1), "qwen_1_5")
     spot = ids.index(IMAGE)
     row, learned = reading.chat(turns, seen)

@@ -1,0 +1,73 @@
+"""A run folder: recipe.yaml, environment.json, losses.csv, results.jsonl, and the weights.
+
+The same recipe again continues what it finds there; another recipe is refused.
+"""
+
+import csv
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from nanollava.recipe import Recipe, differences, read_recipe, write_recipe
+
+PACKAGES = ("torch", "transformers", "mosaicml", "mosaicml-streaming", "open_clip_torch")
+COLUMNS = ("stage", "step", "source", "loss", "tokens", "lr", "seconds")
+
+
+def check_run(recipe: Recipe) -> None:
+    """Raises ValueError, with the differing keys, for a folder with a run of another recipe."""
+    file = Path(recipe.run) / "recipe.yaml"
+    changed = differences(read_recipe(file), recipe) if file.exists() else []
+    if changed and not recipe.fresh:
+        raise ValueError(
+            f"{recipe.run} holds a run of another recipe:\n  "
+            + "\n  ".join(changed)
+            + "\nGive another folder (run=...), or fresh=true to delete it and start anew"
+        )
+
+
+def open_run(recipe: Recipe, processes: int) -> None:
+    """Make the folder; write the resolved recipe and what else a result depends on."""
+    run = Path(recipe.run)
+    if recipe.fresh:
+        shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True, exist_ok=True)
+    write_recipe(replace(recipe, fresh=False), run / "recipe.yaml")
+    here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    environment = {
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "processes": processes,
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip(),
+        "seed": recipe.seed,
+    }
+    (run / "environment.json").write_text(json.dumps(environment, indent=1))
+
+
+def read_losses(run: str | Path) -> list[dict[str, str]]:
+    """The rows of losses.csv: one per step and source, and one per step for "all"."""
+    file = Path(run) / "losses.csv"
+    return list(csv.DictReader(file.open())) if file.exists() else []
+
+
+def keep_losses(run: str | Path, stage: str, step: int) -> None:
+    """Forget what a stage logged after `step`: a resumed run does those steps again."""
+    rows = [r for r in read_losses(run) if r["stage"] != stage or int(r["step"]) <= step]
+    with (Path(run) / "losses.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def add_losses(run: str | Path, rows: Iterable[tuple]) -> None:
+    """Append rows of COLUMNS."""
+    with (Path(run) / "losses.csv").open("a", newline="") as file:
+        csv.writer(file).writerows(rows)
