@@ -33,6 +33,7 @@ class Seen:
     """What the last answer was made from."""
 
     layouts: tuple[Layout, ...] = ()
+    glyphs: tuple[float, ...] = ()  # pixels of the text in each image where known, else 0
     positions: int = 0  # of the prompt
     reused: int = 0  # of those, taken from the cache
     first: float = 0.0  # seconds to the first token
@@ -42,7 +43,7 @@ class Seen:
     def describe(self) -> str:
         """What the model saw, a line per image, and how fast it answered."""
         lines = []
-        for p in self.layouts:
+        for p, glyph in zip(self.layouts, self.glyphs, strict=True):
             (a, b), (w, h) = p.grid, p.fitted if p.grid[0] else (p.tile, p.tile)
             grid = f"grid {a}x{b} + base view" if a else "base view only"
             lines.append(
@@ -50,6 +51,8 @@ class Seen:
                 f" (scale {w / p.size[0]:.2f} x {h / p.size[1]:.2f}), {p.tokens} visual tokens"
                 f" + {p.newlines} newlines"
             )
+            if glyph:
+                lines[-1] += f"; text of {glyph:g} pixels is {glyph * h / p.size[1]:.1f} in a view"
         return "\n".join([*lines, (
             f"prompt {self.positions} positions, {self.reused} reused; first token "
             f"{self.first:.3f} s, {self.tokens} tokens in {self.seconds:.3f} s"
@@ -150,17 +153,20 @@ class Assistant:
             turns += [Turn("assistant", reply)] if reply is not None else []
         document = self.model.writer(visual)(turns, pictures, name="chat", answer=True)
         key = (visual, [(x.size, hash(x.tobytes())) for x in pictures])
-        pieces = self._speak(document, key, max_new_tokens)
+        glyphs = tuple(float(x.info.get("glyph_px", 0)) for x in pictures)
+        pieces = self._speak(document, glyphs, key, max_new_tokens)
         return pieces if stream else "".join(pieces)
 
-    def _speak(self, document: Document, key: object, room: int) -> Iterator[str]:
+    def _speak(
+        self, document: Document, glyphs: tuple[float, ...], key: object, room: int
+    ) -> Iterator[str]:
         """Pieces of one answer; keeps its keys and values for the next question."""
         ids, start = document.ids.tolist(), time.perf_counter()
         skip = self._reusable(ids, key)
         cache = Cache([len(ids) + room])
         if skip:
             cache = self.memory.cache.fork(0, cache.room, skip)
-        self.seen = Seen(document.layouts, len(ids), skip)
+        self.seen = Seen(document.layouts, glyphs, len(ids), skip)
         written: list[int] = []
         said = ""
         for (token,) in self.stream([document], room, cache=cache, skip=skip):

@@ -21,6 +21,7 @@ from composer.loggers import Logger
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.utils import dist, get_device, reproducibility
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from nanollava.cost import forward_flops, rates, step_flops
@@ -156,16 +157,24 @@ def announce(name: str, stage: Stage, counts: dict[str, int], steps: int) -> Non
 
 def run_stage(recipe: Recipe, name: str, model: VLM) -> None:
     """Train one stage; resumes from its last checkpoint if it was stopped."""
-    stage, run = recipe.stages[name], Path(recipe.run)
+    stage = recipe.stages[name]
     visual = recipe.visual if stage.anyres else replace(recipe.visual, max_grid="base")
     writer = model.writer(visual, stage.template)
     loader = make_loader(recipe, stage, writer, dist.get_world_size())
-    steps = steps_of(stage, len(loader))
     counts = model.set_trainable(stage.train)
     if stage.checkpoint_activations:
         model.llm.gradient_checkpointing_enable()
     if dist.get_global_rank() == 0:
-        announce(name, stage, counts, steps)
+        announce(name, stage, counts, steps_of(stage, len(loader)))
+    trainer = make_trainer(recipe, name, model, loader)
+    trainer.fit()
+    trainer.close()
+
+
+def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> Trainer:
+    """Composer's trainer for a stage, over a loader whose batches are lists of documents."""
+    stage, run = recipe.stages[name], Path(recipe.run)
+    steps = steps_of(stage, len(loader))
     report = Report(run, name, stage.save_interval)
     data = DataSpec(
         loader,
@@ -175,7 +184,7 @@ def run_stage(recipe: Recipe, name: str, model: VLM) -> None:
         microbatch_transforms=lambda pack: pack.to(model.newline.device),
     )
     rates = (stage.lr, stage.vision_lr, stage.projector_lr or stage.lr, stage.weight_decay)
-    trainer = Trainer(
+    return Trainer(
         model=Student(model, stage),
         train_dataloader=data,
         optimizers=torch.optim.AdamW(model.groups(*rates), fused=True),
@@ -191,8 +200,6 @@ def run_stage(recipe: Recipe, name: str, model: VLM) -> None:
         progress_bar=False,
         **checkpointing(name, run, report),
     )
-    trainer.fit()
-    trainer.close()
 
 
 def checkpointing(name: str, run: Path, report: Report) -> dict:

@@ -29,6 +29,10 @@ stages:
               save_interval: 2, microbatch_tokens: 300}}
   stage2: {{sources: {{mixed: 1}}, lr: 1e-3, vision_lr: 1e-3, batch_size: 4, duration: 20ba,
             save_interval: 3, microbatch_tokens: 300}}
+tasks:
+  nano-mixed: {{path: "{root}/tests/mixed_source.py:mixed", metric: exact, samples: 5,
+               max_new_tokens: 3}}
+settings: {{base: {{max_grid: base}}, grid: {{max_grid: 3x3}}}}
 # '''
 """
 
@@ -45,6 +49,16 @@ def write_recipe(folder: Path) -> Path:
     file = folder / "tiny.yaml"
     file.write_text(RECIPE.format(folder=folder, root=ROOT))
     return file
+
+
+def command(*words: str, code: int = 0) -> str:
+    """Run `python WORDS`; returns its output."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode == 0) == (code == 0), done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def start(recipe: Path, *overrides: str, flags: tuple[str, ...] = (), **environment: str):

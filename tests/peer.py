@@ -130,7 +130,7 @@ def ours(folder: Path, size: Size = TINY, visual: Visual = MOSAIC, **keys) -> VL
     return model
 
 
-# Our name -> the peer's, after `model.` and `vision_model.` are gone; q, k, v are one matrix in timm.
+# The peer's names, without `model.` and `vision_model.`, -> ours; timm has q, k, v in one matrix.
 RENAME = (
     (r"^vision_tower\.embeddings\.patch_embedding", "encoder.visual.trunk.patch_embed.proj"),
     (r"^vision_tower\.embeddings\.position_embedding\.weight", "encoder.visual.trunk.pos_embed"),
@@ -160,11 +160,23 @@ def part(name: str, whole: Tensor) -> Tensor:
     return whole.chunk(3)["qkv".index(found[1])] if found else whole
 
 
+def grids(model: VLM) -> dict[str, list[list[int]]]:
+    """The peer writes a grid as its canvas in pixels, height first."""
+    R = model.row.tile
+    pairs = parse_grids(model.recipe.visual.max_grid)
+    return {"image_grid_pinpoints": [[b * R, a * R] for a, b in pairs]}
+
+
+def budget(model: VLM) -> str:
+    """Its budget leaves the base view out: (4+1)T is anyres_max_4."""
+    T = model.row.side**2
+    return f"anyres_max_{parse_budget(model.recipe.visual.max_visual_tokens, T) // T - 1}"
+
+
 def peer_of(model: VLM, device: str = "cpu") -> LlavaOnevisionForConditionalGeneration:
     """LlavaOnevision with our weights (on "meta": without any)."""
-    row, visual, words = model.row, model.recipe.visual, model.tokenizer
+    row, words = model.row, model.tokenizer
     blocks = model.encoder.visual.trunk.blocks
-    tiles = parse_budget(visual.max_visual_tokens, row.side**2) // row.side**2 - 1
     vision = SiglipVisionConfig(
         hidden_size=row.width, intermediate_size=blocks[0].mlp.fc1.out_features,
         num_hidden_layers=len(blocks), num_attention_heads=blocks[0].attn.num_heads,
@@ -172,8 +184,8 @@ def peer_of(model: VLM, device: str = "cpu") -> LlavaOnevisionForConditionalGene
     )  # fmt: skip
     text = Qwen2Config(**model.llm.config.to_dict())
     config = LlavaOnevisionConfig(
-        vision_config=vision, text_config=text, vision_aspect_ratio=f"anyres_max_{tiles}",
-        image_grid_pinpoints=[[b * row.tile, a * row.tile] for a, b in parse_grids(visual.max_grid)],
+        vision_config=vision, text_config=text, vision_aspect_ratio=budget(model),
+        **grids(model),
         image_token_index=words.convert_tokens_to_ids("<image>"), video_token_index=-7,
         tie_word_embeddings=text.tie_word_embeddings, pad_token_id=words.pad_token_id,
     )  # fmt: skip
@@ -209,26 +221,23 @@ def batch(model: VLM, documents: list[Document], left: bool = False) -> dict[str
     seen = [d for d in documents if d.layouts]
     if seen:
         pixels = [(d.views - model.encoder.mean) / model.encoder.std for d in seen]
-        out["pixel_values"] = torch.stack(
-            [F.pad(x, (0,) * 7 + (views - len(x),)) for x in pixels]
-        )
+        out["pixel_values"] = torch.stack([F.pad(x, (0,) * 7 + (views - len(x),)) for x in pixels])
         out["image_sizes"] = torch.tensor([d.layouts[0].size[::-1] for d in seen])
     return out
 
 
 def processor(model: VLM) -> LlavaOnevisionProcessor:
     """The peer's preprocessing at our tile, grids and budget."""
-    row, visual = model.row, model.recipe.visual
-    tiles = parse_budget(visual.max_visual_tokens, row.side**2) // row.side**2 - 1
+    row = model.row
     images = LlavaOnevisionImageProcessor(
         size={"height": row.tile, "width": row.tile}, image_mean=row.mean, image_std=row.std,
-        image_grid_pinpoints=[[b * row.tile, a * row.tile] for a, b in parse_grids(visual.max_grid)],
+        **grids(model),
     )  # fmt: skip
     video = LlavaOnevisionVideoProcessor(size={"height": row.tile, "width": row.tile})
     return LlavaOnevisionProcessor(
         images, model.tokenizer, video, num_image_tokens=row.side**2,
         vision_feature_select_strategy="full", image_token="<image>", video_token="<|im_start|>",
-        vision_aspect_ratio=f"anyres_max_{tiles}",
+        vision_aspect_ratio=budget(model),
     )  # fmt: skip
 
 

@@ -1,7 +1,15 @@
 """Prompts: every template to the character, every label token by token, and typed text as text."""
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 from nanollava.prompts import IGNORE, IMAGE, TEMPLATES, Turn, encode, read_turns, stop_ids
@@ -28,7 +36,7 @@ def qwen():
         merges.append((left, right))
         vocab[left + right] = len(vocab)
     core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     return fast(core, specials, eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -55,7 +63,10 @@ def llama():
     core.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    return fast(core, ["<unk>", "<s>", "</s>"], bos_token="<s>", eos_token="</s>")
+    tokenizer = fast(core, ["<unk>", "<s>", "</s>"], bos_token="<s>", eos_token="</s>")
+    core = tokenizer.backend_tokenizer  # Llama's own puts <s> before any text unless told not to
+    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
 
 
 def text_of(tokenizer, ids):
@@ -165,6 +176,12 @@ def test_labels_token_by_token(qwen):
     assert all(label in (IGNORE, token) for token, label in zip(ids, labels))
 
 
+def test_a_token_on_the_border_is_learned(qwen):
+    """The header's newline and the answer's are one token here: it holds a part of the answer."""
+    labels = encode(qwen, talk("x", "\ncat"), "qwen_1_5")[1]
+    assert learned_text(qwen, labels) == ["\n\ncat<|im_end|>"]
+
+
 def test_released_mask_token_by_token(qwen):
     """LLaVA-NeXT's preprocess_qwen: answers with headers; im_start, im_end, newline always."""
     ids, labels = encode(qwen, talk("<image>\na\nb", "cat", "d", "e"), "qwen_1_5", "released")
@@ -219,7 +236,8 @@ def test_typed_special_tokens_stay_text(which, typed, request):
     tokenizer = request.getfixturevalue(which)
     special = set(tokenizer.all_special_ids)
     plain = encode(tokenizer, talk("x", "y"), "qwen_1_5")[0]
-    for turns in (talk(f"a {typed} b", "y"), talk("x", f"a {typed} b")):
+    for turns in (talk(f"a {typed} b", "y"), talk("x", f"a {typed} b"),
+                  talk(f"a {typed} b <image>", "y")):  # fmt: skip
         ids, labels = encode(tokenizer, turns, "qwen_1_5")
         assert sum(t in special for t in ids) == sum(t in special for t in plain) == 6
         said = "y<|im_end|>" if turns[1].text == "y" else f"a {typed} b<|im_end|>"

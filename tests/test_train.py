@@ -1,15 +1,18 @@
 """Training as a user launches it: processes, nodes, kills, reruns, wrong folders."""
 
+import json
 import os
 import signal
 import socket
 import time
 
 import pytest
-from launching import finish, losses, start, write_recipe
+from launching import command, finish, losses, start, write_recipe
+from PIL import Image
 from safetensors.torch import load_file
 from streaming.base.constant import BARRIER_FILELOCK
 
+from nanollava.__main__ import run as commands
 from nanollava.recipe import read_recipe
 from nanollava.train import train
 
@@ -21,6 +24,11 @@ def tiny(tmp_path_factory):
     recipe = write_recipe(folder)
     finish(start(recipe, f"run={folder}/one"))
     return recipe, folder / "one"
+
+
+def scores(run) -> list[tuple]:
+    rows = map(json.loads, (run / "results.jsonl").read_text().splitlines())
+    return [(r["task"], r["setting"], r["score"], r["n"]) for r in rows]
 
 
 def largest_difference(a, b) -> float:
@@ -58,6 +66,7 @@ def test_two_processes_equal_one(tiny):
     recipe, run = tiny
     finish(start(recipe, f"run={run.parent}/two", flags=("-n", "2")))
     check_same_course(run, run.parent / "two")
+    assert scores(run) == scores(run.parent / "two") and len(scores(run)) == 2
 
 
 def own_temporary_folder(folder, rank: int) -> str:
@@ -136,3 +145,35 @@ def test_another_recipe_in_the_folder_is_refused(tiny):
     with pytest.raises(ValueError, match=r"stages.stage2.lr: 0.001 -> 0.0005\n.*fresh=true"):
         train(read_recipe(recipe, [f"run={run}", "stages.stage2.lr=5e-4"]))
     assert (run / "model.safetensors").exists()
+
+
+def test_plain_commands(tiny, tmp_path):
+    """python -m nanollava train, evaluate and chat; evaluation is not done twice."""
+    recipe, run = tiny
+    assert "nano-mixed" in command("-m", "nanollava", "train", recipe, f"run={run}")
+    before = (run / "results.jsonl").read_text()
+    assert "nano-mixed" in command("-m", "nanollava", "evaluate", run)
+    assert (run / "results.jsonl").read_text() == before
+    Image.new("RGB", (150, 60), (200, 30, 30)).save(tmp_path / "red.png")
+    told = command("-m", "nanollava", "chat", run, tmp_path / "red.png", "what is it?")
+    assert "saw 150x60 pixels as grid" in told and "visual tokens" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("train", "nowhere.yaml"), "nowhere.yaml is not a file"),
+        (("chat", "{run}/checkpoints", "x.png", "what?"), "has no model.safetensors"),
+        (("chat", "{run}", "{run}/recipe.yaml", "what?"), "unreadable image"),
+        (("chat", "{run}", "{red}", "what?", "--max-grid", "3by3"), "'3by3' is no grid"),
+        (("evaluate", "{run}", "--task", "nano-mixd"), "unknown tasks ['nano-mixd']"),
+    ],
+)
+def test_bad_input_is_one_line(tiny, tmp_path, capsys, words, told):
+    """What was given and what to do, without a traceback."""
+    _, run = tiny
+    red = tmp_path / "red.png"
+    Image.new("RGB", (150, 60), (200, 30, 30)).save(red)
+    with pytest.raises(SystemExit) as stopped:
+        commands([word.format(run=run, red=red) for word in words])
+    assert told in str(stopped.value)

@@ -1,0 +1,79 @@
+"""One style for every figure, and the figures that more than one page shows.
+
+    python notebooks/plots.py hero runs/nano notebooks/figures/hero.png
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+INK, GRID, BASE, RIGHT, WRONG = "#1a1a1a", "#d1495b", "#2e4057", "#2a7f62", "#b3261e"
+plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK,
+                     "figure.dpi": 150, "savefig.bbox": "tight", "savefig.facecolor": "white"})  # fmt: skip
+
+
+def picture(axis, image, title: str = "", edge: str = INK) -> None:
+    """An image with a thin frame and its title, without axes."""
+    axis.imshow(image, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=9)
+    for spine in axis.spines.values():
+        spine.set(color=edge, linewidth=1.2)
+
+
+def grid_over(axis, image: Image.Image, plan) -> None:
+    """The chosen grid drawn over the image, in the image's own pixels."""
+    (a, b), (left, top), (w, h) = plan.grid, plan.offset, plan.fitted
+    picture(axis, image, f"{image.width}x{image.height} pixels, grid {a}x{b}")
+    sx, sy = image.width / w, image.height / h
+    for i in range(a):
+        for j in range(b):
+            x, y = (i * plan.tile - left) * sx, (j * plan.tile - top) * sy
+            axis.add_patch(
+                Rectangle((x, y), plan.tile * sx, plan.tile * sy, fill=False, ec=GRID, lw=1.2)
+            )
+
+
+def hero(run: str, out: str, seed: int = 3) -> None:
+    """A page, its base view, its tiles, its tokens, and the answer with and without tiles."""
+    import nanollava
+    from nanollava.anyres import cut_views, open_image
+    from nanollava.sources import function_of
+
+    llava = nanollava.load(run)
+    make = function_of(f"{ROOT}/recipes/nano/world.py:doc")
+    record = list(make(split="test", count=seed + 1, seed=7))[seed]
+    image, question = open_image(record["image"]), record["conversations"][0]["value"]
+    question = question.replace("<image>\n", "")
+    answers = {g: llava.chat(image, question, max_grid=g) for g in ("base", "3x3")}
+    llava.chat(image, question)
+    (plan,) = llava.seen.layouts
+    views = cut_views(image, plan).permute(0, 2, 3, 1).numpy()
+    a, b = plan.grid
+
+    figure = plt.figure(figsize=(10, 2.9))
+    columns = figure.add_gridspec(1, 4, width_ratios=[1.1, 0.75, 1.1, 1.5], wspace=0.12)
+    grid_over(figure.add_subplot(columns[0]), image, plan)
+    picture(figure.add_subplot(columns[1]), views[0], "base view: 48x48", BASE)
+    tiles = columns[2].subgridspec(b, a, wspace=0.06, hspace=0.06)
+    for i in range(a * b):
+        picture(figure.add_subplot(tiles[i]), views[1 + i], edge=GRID)
+    axis = figure.add_subplot(columns[3])
+    axis.axis("off")
+    T = llava.model.row.side**2
+    axis.text(0, 0.93, f"({a}x{b} + 1) x {T} = {plan.tokens} visual tokens", weight="bold")
+    axis.text(0, 0.74, question, style="italic")
+    for y, (grid, name) in zip((0.52, 0.22), (("base", "base view alone"), ("3x3", "with tiles"))):
+        right = answers[grid].split()[-1:] == [record["answer"]]
+        axis.text(0, y, f"{name}:", color=INK)
+        axis.text(0, y - 0.13, f"{answers[grid]}  ({'right' if right else 'wrong'})",
+                  color=RIGHT if right else WRONG, family="DejaVu Sans Mono", fontsize=11)  # fmt: skip
+    figure.savefig(out)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

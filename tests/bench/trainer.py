@@ -1,0 +1,100 @@
+"""PERFORMANCE C8: what Composer adds to a bare training loop, per step and per microbatch.
+
+    python tests/bench/trainer.py
+
+The same documents (40 tiles a batch) in one pack and in four, one thread, CPU time, medians of
+rounds in which the contenders take turns. The weights after all steps must agree.
+"""
+
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from composer import Callback
+from PIL import Image
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from launching import write_recipe  # noqa: E402
+
+from nanollava.model import VLM  # noqa: E402
+from nanollava.prompts import Turn  # noqa: E402
+from nanollava.recipe import read_recipe  # noqa: E402
+from nanollava.sequence import pack, split  # noqa: E402
+from nanollava.train import make_trainer, steps_of  # noqa: E402
+
+STEPS, ROUNDS = 20, 5
+
+
+class Clock(Callback):
+    """CPU seconds between the ends of steps."""
+
+    def __init__(self):
+        self.ticks = []
+
+    def batch_end(self, state, logger) -> None:
+        self.ticks.append(time.process_time())
+
+
+def bare(model: VLM, documents: list, stage) -> list[float]:
+    """The same step without a trainer; returns the CPU time at each step's end."""
+    model.set_trainable(stage.train)
+    groups = model.groups(stage.lr, stage.vision_lr, stage.lr, stage.weight_decay)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    ticks, total = [], sum(d.learned for d in documents)
+    for step in range(STEPS):
+        for part in split(documents, stage.microbatch_tokens):
+            row = pack(part, model.row.tile)
+            losses = model(row)
+            (losses.mean() * row.learned / total).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ticks.append(time.process_time())
+    return ticks
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp())
+    recipe = read_recipe(write_recipe(folder), [f"run={folder}/run"])
+    model = VLM(recipe)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    image = Image.new("RGB", (144, 144), (90, 120, 30))
+    turns = [Turn("user", "<image>\nwhat is the tax?", 1), Turn("assistant", "tax 305")]
+    documents = [model.writer()(turns, [image], name=str(i), source="mixed") for i in range(4)]
+    views = sum(len(d.views) for d in documents)
+    positions = sum(len(d.ids) for d in documents)
+    found: dict[int, list[float]] = {1: [], 4: []}
+    for _ in range(ROUNDS):
+        for packs in found:
+            stage = replace(
+                recipe.stages["stage2"], duration=f"{STEPS}ba", batch_size=4, lr=1e-4,
+                vision_lr=1e-4, save_interval=10**9, warmup=0.0, sources={"mixed": 1.0},
+                microbatch_tokens=positions if packs == 1 else positions // 4,
+            )  # fmt: skip
+            model.load_state_dict(start)
+            plain = bare(model, documents, stage)
+            model.load_state_dict(start)
+            one = replace(recipe, stages={"stage2": stage})
+            loader = DataLoader(documents * STEPS, batch_size=4, collate_fn=list)
+            trainer, clock = make_trainer(one, "stage2", model, loader), Clock()
+            trainer.state.callbacks.append(clock)
+            (folder / "run").mkdir(exist_ok=True)
+            trainer.fit()
+            trainer.close()
+            assert steps_of(stage, len(loader)) == len(plain) == len(clock.ticks)
+            gaps = [[b - a for a, b in zip(t, t[1:])] for t in (clock.ticks, plain)]
+            found[packs].append(1000 * (median(gaps[0]) - median(gaps[1])))
+    print(f"{views} views, {positions} positions a batch, {STEPS} steps, {ROUNDS} rounds")
+    for packs, extra in found.items():
+        allowed = 3 + 1.5 * packs
+        print(f"{packs} packs: Composer adds {median(extra):.2f} ms a step (allowed {allowed:.1f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The house rules as tests: README paths and commands, file budgets, import floors."""
+
+import ast
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = sorted((ROOT / "nanollava").glob("*.py"))
+ONE_PLACE = {  # a heavy library and the only modules that import it
+    "composer": {"train"}, "open_clip": {"encoder"}, "transformers": {"llm"},
+    "streaming": {"data"}, "gradio": set(), "matplotlib": set(), "flash_attn": {"llm"},
+}  # fmt: skip
+
+
+def code_lines(source: str) -> int:
+    """Lines of code: no blanks, comments or docstrings."""
+    tree, lines = ast.parse(source), set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT,
+                              tokenize.DEDENT, tokenize.ENDMARKER):  # fmt: skip
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(tree):
+        kinds = (ast.Module, ast.FunctionDef, ast.ClassDef)
+        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
+def imports(file: Path) -> set[str]:
+    """Modules that a file imports, lazily or not."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names
+
+
+def test_size():
+    sizes = {file.stem: code_lines(file.read_text()) for file in PACKAGE}
+    assert max(sizes.values()) <= 210, sizes
+    assert sum(sizes.values()) <= 2200, sizes
+
+
+def test_functions_are_short():
+    lengths = [
+        (node.end_lineno - node.lineno + 1, f"{file.stem}.{node.name}")
+        for file in PACKAGE
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    lengths.sort()
+    assert lengths[-1][0] <= 60, lengths[-3:]
+    assert lengths[int(0.9 * len(lengths))][0] <= 40
+
+
+def test_imports_have_at_most_five_floors():
+    graph = {
+        file.stem: {n.split(".")[1] for n in imports(file) if n and n.startswith("nanollava.")}
+        for file in PACKAGE
+        if file.stem != "__init__"
+    }
+
+    def floor(name: str, above: tuple[str, ...] = ()) -> int:
+        assert name not in above, f"cycle: {above} {name}"
+        return 1 + max((floor(n, (*above, name)) for n in graph[name]), default=0)
+
+    assert max(map(floor, graph)) <= 5, {name: floor(name) for name in graph}
+
+
+@pytest.mark.parametrize("library", ONE_PLACE)
+def test_heavy_libraries_are_imported_in_one_place(library):
+    found = {f.stem for f in PACKAGE if any(n and n.split(".")[0] == library for n in imports(f))}
+    assert found <= ONE_PLACE[library]
+
+
+def test_readme_names_files_that_exist():
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"(?:nanollava|recipes|notebooks|tests|demo|\.ci)/[\w./-]*\w", text))
+    assert named and not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_readme_commands_exist():
+    from typer.main import get_command
+
+    from nanollava.__main__ import app
+
+    text = (ROOT / "README.md").read_text()
+    used = set(re.findall(r"python -m nanollava (\w+)", text))
+    assert used and used <= set(get_command(app).commands)
+    assert "pip install -r requirements.txt" in text and "python -m pytest" in text
+
+
+def test_readme_is_short_and_says_whose_it_is_not():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 200
+    assert lines[1].startswith("Not affiliated with the LLaVA team")
+    assert "qnguyen3/nanoLLaVA" in lines[1]
+
+
+def test_no_machine_path_is_committed():
+    texts = [f for f in ROOT.rglob("*") if f.suffix in (".py", ".md", ".yaml", ".json", ".txt")]
+    parts = ("/root" + "/", "/home" + "/", "/work" + "/")
+    skipped = {"runs", "data", ".git"}
+    for file in texts:
+        if not skipped & set(file.relative_to(ROOT).parts):
+            assert not any(part in file.read_text(errors="ignore") for part in parts), file
