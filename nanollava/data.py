@@ -20,7 +20,7 @@ from nanollava.anyres import open_image
 from nanollava.prompts import read_turns
 from nanollava.recipe import Recipe, Stage
 from nanollava.sequence import Document, Writer
-from nanollava.sources import Source, images_of, records
+from nanollava.sources import READERS, Source, images_of, records
 
 COLUMNS = {"id": "str", "image": "bytes", "sizes": "json", "conversations": "json", "source": "str"}
 
@@ -29,9 +29,10 @@ def shard_folder(recipe: Recipe, name: str) -> Path:
     """Where a source's shards lie: its name, and a hash of all that its content depends on."""
     source = recipe.sources[name]
     key = json.dumps([asdict(source), recipe.seed])
-    file = Path(source.path.rpartition(":")[0])
-    code = file.read_bytes() if file.suffix == ".py" and file.is_file() else b""
-    return Path(recipe.data) / f"{name}-{hashlib.sha256(key.encode() + code).hexdigest()[:10]}"
+    kind, _, file = source.path.partition(":")
+    file = Path(file if kind in READERS else source.path.rpartition(":")[0])
+    content = file.read_bytes() if file.is_file() else b""
+    return Path(recipe.data) / f"{name}-{hashlib.sha256(key.encode() + content).hexdigest()[:10]}"
 
 
 def usable(source: Source, seed: int, bad: list[str]) -> Iterator[dict]:

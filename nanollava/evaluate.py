@@ -23,7 +23,7 @@ from tqdm import tqdm
 from nanollava.anyres import Visual, open_image
 from nanollava.metrics import METRICS
 from nanollava.prompts import Turn, read_turns
-from nanollava.recipe import Recipe, Task, check
+from nanollava.recipe import Recipe, Task, with_visual
 from nanollava.sequence import Document, Writer
 from nanollava.sources import Source, images_of, records
 
@@ -72,8 +72,6 @@ def interval(rows: np.ndarray, total: Any, seed: int = 0) -> tuple[float, float]
 def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict[str, Any] | None:
     """One task at one setting -> its result row (None on all processes but the first)."""
     recipe: Recipe = assistant.model.recipe
-    if task.metric not in METRICS:
-        raise ValueError(f"tasks.{name}.metric: {task.metric!r}; known: {', '.join(METRICS)}")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     start, items = time.perf_counter(), questions(task, recipe.seed)
     mine = items[rank::world]
@@ -109,7 +107,7 @@ def evaluate(assistant: Any, run: str | Path, only: Sequence[str] = (), limit: i
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     rows = []
     for setting, changes in (recipe.settings or {"recipe": {}}).items():
-        visual = check(replace(recipe, visual=replace(recipe.visual, **changes))).visual
+        visual = with_visual(recipe, changes).visual
         for name, task in tasks.items():
             task = replace(task, samples=limit or task.samples)
             key = {"task": name, "setting": setting, "weights": weights, "asked": task.samples}

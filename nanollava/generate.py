@@ -22,7 +22,7 @@ from nanollava.llm import Cache
 from nanollava.model import VLM
 from nanollava.model import load as load_model
 from nanollava.prompts import IMAGE, PLACEHOLDER, Turn, stop_ids
-from nanollava.recipe import check
+from nanollava.recipe import with_visual
 from nanollava.sequence import Document, pack
 
 Picture = str | Path | bytes | Image
@@ -143,8 +143,7 @@ class Assistant:
         pictures = [x if x.mode == "RGB" else x.convert("RGB") for x in pictures]
         changes = {"max_grid": max_grid, "max_visual_tokens": max_visual_tokens}
         changes = {k: str(v) for k, v in changes.items() if v is not None}
-        visual = replace(self.model.recipe.visual, **changes)
-        check(replace(self.model.recipe, visual=visual))
+        visual = with_visual(self.model.recipe, changes).visual
         questions = [*(history or []), (text, None)]
         turns = []
         for i, (question, reply) in enumerate(questions):

@@ -6,7 +6,7 @@ turn. What a user types is tokenised with special tokens switched off, so it alw
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 IMAGE, IGNORE = -200, -100  # an image's place among the ids; a label that is not learned
@@ -107,6 +107,25 @@ def _pieces(turns: Sequence[Turn], template: Template, answer: bool):
         yield head, False, True
 
 
+def _runs(pieces: Iterable[tuple], specials: Sequence[str]):
+    """Merge the text between special tokens and images.
+
+    Yield (text, learned? of each character, False), or (special token or None, learned?, True).
+    """
+    pattern = "(" + "|".join(map(re.escape, specials)) + ")"
+    text, learned = "", []
+    for piece, learn, markup in pieces:
+        parts = re.split(pattern, piece) if markup and specials else [piece]
+        for part in parts:
+            if part is None or (markup and part in specials):
+                yield text, learned, False
+                yield part, [learn], True
+                text, learned = "", []
+            else:
+                text, learned = text + part, learned + [learn] * len(part)
+    yield text, learned, False
+
+
 def encode(
     tokenizer, turns: Sequence[Turn], template: str, label_mask: str = "answers", answer=False
 ) -> tuple[list[int], list[int]]:
@@ -119,37 +138,17 @@ def encode(
     missing = [s for s in form.specials if s not in tokenizer.all_special_tokens]
     if missing:
         raise ValueError(f"template {template} needs {missing}, which this tokenizer has not")
-    ids, labels, text, learned = [], [], "", []
-
-    def flush() -> None:
-        nonlocal text, learned
-        if not text:
-            return
-        out = tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-        )
-        for token, (a, b) in zip(out["input_ids"], out["offset_mapping"], strict=True):
-            ids.append(token)
-            labels.append(token if any(learned[a : max(b, a + 1)]) else IGNORE)
-        text, learned = "", []
-
-    marks = (
-        re.compile("(" + "|".join(map(re.escape, form.specials)) + ")") if form.specials else None
-    )
-    for piece, learn, markup in _pieces(turns, form, answer):
-        if piece is None:
-            flush()
-            ids.append(IMAGE)
-            labels.append(IGNORE)
-            continue
-        for part in marks.split(piece) if markup and marks else [piece]:
-            if markup and part in form.specials:
-                flush()
-                ids.append(tokenizer.convert_tokens_to_ids(part))
-                labels.append(ids[-1] if learn else IGNORE)
-            else:
-                text, learned = text + part, learned + [learn] * len(part)
-    flush()
+    ids, labels = [], []
+    for text, learned, whole in _runs(_pieces(turns, form, answer), form.specials):
+        if whole:
+            ids.append(IMAGE if text is None else tokenizer.convert_tokens_to_ids(text))
+            labels.append(ids[-1] if learned[0] else IGNORE)
+        elif text:
+            out = tokenizer(text, add_special_tokens=False, split_special_tokens=True,
+                            return_offsets_mapping=True)  # fmt: skip
+            for token, (a, b) in zip(out["input_ids"], out["offset_mapping"], strict=True):
+                ids.append(token)
+                labels.append(token if any(learned[a : max(b, a + 1)]) else IGNORE)
     return ids, _released(tokenizer, ids, labels, form) if label_mask == "released" else labels
 
 

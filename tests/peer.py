@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionImageProcessor,
@@ -32,7 +34,7 @@ from transformers import (
 )
 
 from nanollava.anyres import Visual, parse_budget, parse_grids
-from nanollava.encoder import ENCODERS, Row
+from nanollava.encoder import CLIP_MEAN, CLIP_STD, ENCODERS, Row
 from nanollava.model import VLM
 from nanollava.prompts import IMAGE
 from nanollava.recipe import Recipe
@@ -88,6 +90,51 @@ def tower(size: Size, folder: Path) -> Row:
     add_model_config(folder / f"{name}.json")
     assert name in open_clip.list_models()
     return Row(size.tile, size.patch, size.width, size.blocks, open_clip=name)
+
+
+def clip(folder: Path, layers: int = 3) -> tuple[Row, CLIPVisionModel]:
+    """A small OpenAI CLIP: our row, cut as the released code reads it, and transformers' model."""
+    name = "tiny-clip-quickgelu"
+    vision = {"image_size": 75, "layers": layers, "width": 64, "head_width": 16, "patch_size": 14}
+    text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1}
+    config = {"embed_dim": 16, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
+    (folder / f"{name}.json").write_text(json.dumps(config))
+    add_model_config(folder / f"{name}.json")
+    theirs = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4,
+        image_size=75, patch_size=14, hidden_act="quick_gelu",
+    )  # fmt: skip
+    row = Row(75, 14, 64, layers - 1, CLIP_MEAN, CLIP_STD, open_clip=name)
+    return row, CLIPVisionModel(theirs).eval()
+
+
+CLIP_NAMES = (
+    ("embeddings.patch_embedding", "conv1"),
+    ("embeddings.position_embedding.weight", "positional_embedding"),
+    ("embeddings.class_embedding", "class_embedding"),
+    ("pre_layrnorm", "ln_pre"),
+    ("encoder.layers", "transformer.resblocks"),
+    ("layer_norm", "ln_"),
+    ("self_attn.out_proj", "attn.out_proj"),
+    ("mlp.fc1", "mlp.c_fc"),
+    ("mlp.fc2", "mlp.c_proj"),
+)
+
+
+def copy_clip(visual: torch.nn.Module, theirs: CLIPVisionModel) -> None:
+    """Our tower's weights into transformers' model; what our tower was cut of stays as it is."""
+    mine, used = dict(visual.named_parameters()), set()
+    for name, p in theirs.named_parameters():
+        name = name.removeprefix("vision_model.")
+        for their_name, our_name in CLIP_NAMES:
+            name = name.replace(their_name, our_name)
+        found = re.search(r"self_attn\.([qkv])_proj\.", name)
+        name = re.sub(r"self_attn\.[qkv]_proj\.", "attn.in_proj_", name)
+        if name in mine:
+            whole = mine[name]
+            p.data.copy_(whole.chunk(3)["qkv".index(found[1])] if found else whole)
+            used.add(name)
+    assert used == mine.keys(), mine.keys() - used
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from nanollava import generate
 from nanollava.anyres import layout
 from nanollava.cost import forward_flops, rates, step_flops
+from nanollava.encoder import build
 from nanollava.generate import Assistant
 from nanollava.llm import load_tokenizer
 from nanollava.model import TRAIN, VLM
@@ -134,6 +135,23 @@ def test_padding_is_cut_as_in_the_peer(pair):
             loss = model(pack([document], model.row.tile)).mean()
             theirs = other(**peer.batch(model, [document])).loss
         assert abs(loss - theirs) < 2e-6, size
+
+
+def test_clip_features_are_the_last_but_one_layer_without_the_class_token(tmp_path):
+    torch.manual_seed(0)
+    row, theirs = peer.clip(tmp_path)
+    encoder = build(row, "random").eval()
+    peer.copy_clip(encoder.visual, theirs)
+    views = torch.randint(0, 256, (2, 3, row.tile, row.tile), dtype=torch.uint8)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (row.mean, row.std))
+    pixels = (views / 255 - mean) / std
+    with torch.no_grad():
+        expected = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        features = encoder(views)
+    assert features.shape == (2, row.side**2, row.width)
+    assert (features - expected).abs().max() < 1e-5
+    encoder(views).sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters())  # nothing is left over
 
 
 def test_documents_do_not_see_each_other(model):

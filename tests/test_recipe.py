@@ -204,6 +204,10 @@ def test_with_visual_types_what_a_setting_says():
     recipe = with_visual(Recipe(), changes)
     assert recipe.visual == Visual("3x3", lift=4, pool_after_projector=False)
     assert replace(recipe, visual=Visual()) == Recipe()
+    other = Recipe(visual=Visual("6x6", max_visual_tokens="37T"))
+    assert with_visual(other, {"pooling": "average"}).visual == replace(
+        other.visual, pooling="average"
+    )
 
 
 # ---- what makes another run

@@ -41,8 +41,9 @@ def test_expand_replaces_each_image_by_its_positions():
     ids, labels = expand([5, IMAGE, 6, IMAGE, 7], [IGNORE, IGNORE, 6, IGNORE, 7], plans)
     assert ids.tolist() == [5, *[IMAGE] * n, 6, *[IMAGE] * m, 7]
     assert labels.tolist() == [IGNORE] * (n + 1) + [6] + [IGNORE] * m + [7]
-    with pytest.raises(AssertionError):
-        expand([5, IMAGE], [IGNORE, IGNORE], plans)
+    for images in (1, 3):
+        with pytest.raises(AssertionError):
+            expand([IMAGE] * images, [IGNORE] * images, plans)
     assert expand([], [], [])[0].tolist() == []
 
 
@@ -195,3 +196,11 @@ def test_split_loses_nothing_and_keeps_the_budget():
             assert total <= budget or len(group) == 1
         sums = [sum(row) for row in lengths(packs)]
         assert all(a + b > budget for i, a in enumerate(sums) for b in sums[:i]), "two would fit"
+
+
+def test_pack_keeps_every_images_layout():
+    """A document of two images beside one of one: three layouts, in their order."""
+    plans = [layout(size, Visual("base"), 4, 2) for size in ((9, 9), (8, 8), (7, 7))]
+    two = document([*[IMAGE] * 8, 3], [IGNORE] * 8 + [3], layouts=plans[:2], views=2)
+    one = document([*[IMAGE] * 4, 3], [IGNORE] * 4 + [3], layouts=plans[2:], views=1)
+    assert pack([two, one], 4).layouts == tuple(plans)

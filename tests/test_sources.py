@@ -50,6 +50,9 @@ def test_a_function_gets_split_count_and_seed(tmp_path):
     file.write_text("def make(**keys):\n    yield {'id': str(keys), 'conversations': []}\n")
     (record,) = records(Source(f"{file}:make", "val", 3), seed=5)
     assert record["id"] == str({"split": "val", "count": 3, "seed": 5})
+    file = tmp_path / "nameless.py"
+    file.write_text("def nameless(**keys):\n    yield {}\n    yield {'id': 'b'}\n    yield {}\n")
+    assert [r["id"] for r in records(Source(f"{file}:nameless"), 0)] == ["0", "b", "2"]
 
 
 def test_doors_that_are_not_there(tmp_path):

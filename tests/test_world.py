@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import random
 import string
 from itertools import combinations
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanollava.prompts import IGNORE, IMAGE, encode, read_turns
 from nanollava.sources import import_file
@@ -193,3 +197,31 @@ def test_dense_labels_name_the_glyph_at_its_place():
     assert {sight.WORDS[w] for w in words.flatten()} == {"", "tax"} and not objects.any()
     moved = sight.labels(glyphs, things, np.ones(4), np.array([14, 0, 14, 0]))[1]
     assert {sight.GLYPHS[c] for c in moved.flatten() if c} == {"a", "x"}
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model waits for its threads rather than for sums
+    yield
+    torch.set_num_threads(before)
+
+
+def test_shipped_weights_see_and_look_up(one_thread):
+    sight, reading = (import_file(str(NANO / f"{name}.py")) for name in ("sight", "reading"))
+    weights, tokenizer = NANO / "weights", (NANO / "tokenizer" / "tokenizer.json").read_text()
+    assert (weights / "llm_m" / "tokenizer.json").read_text() == tokenizer
+    assert json.loads(tokenizer) == json.loads(reading.TOKENIZER.backend_tokenizer.to_str())
+    llm = AutoModelForCausalLM.from_pretrained(weights / "llm_m", dtype="float32")
+    found = reading.ceilings(llm, 10)
+    assert all(found[task]["text"] > 0.8 for task in ("doc", "chart", "info", "scene", "choice"))
+    assert all(found[task]["raster"] > 0.4 for task in ("doc", "chart", "info", "scene"))
+    model = sight.Sight("nano_m")  # no heads are shipped: features must tell glyphs apart
+    model.encoder.visual.load_state_dict(load_file(weights / "encoder_m.safetensors"))
+    views, _, halves, *_ = sight.Windows(random.Random(0), 60, "test").batch(400, 1)
+    with torch.no_grad():
+        seen, left = model.encoder(views).flatten(0, 1), halves[:, :, ::2].flatten()
+    x, y = seen[left > 26], F.one_hot(left[left > 26] - 27, 10).float()  # digits in left halves
+    half = len(x) // 2
+    probe = torch.linalg.lstsq(x[:half], y[:half], driver="gelsd").solution
+    assert (x[half:] @ probe).argmax(1).eq(y[half:].argmax(1)).float().mean() > 0.85

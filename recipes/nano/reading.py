@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 SIZES = {"s": (64, 2, 176, 4), "m": (96, 3, 256, 4), "l": (160, 4, 432, 5)}
-STEPS = {"A": 1300, "B": 1300, "C": 2600}
+# phase: steps, learning rate, the share of it that is left at the phase's end
+PHASES = {"A": (1300, 2.5e-3, 1.0), "B": (1300, 2.5e-3, 0.4), "C": (2600, 2e-3, 0.05)}
 Row = tuple[list[int], list[bool]]  # ids, and which of them are learned
 
 TOKENIZER = vocabulary.build()
@@ -322,29 +323,28 @@ def learn(model: Qwen2ForCausalLM, rows: list[Row]) -> tuple[Tensor, dict]:
     return F.cross_entropy(logits, target), {"right": right, "tokens": float(tokens.numel())}
 
 
-def train(
-    size: str, folder: Path, steps: dict[str, int] = STEPS, seed: int = 0
-) -> tuple[Qwen2ForCausalLM, dict]:
+def train(size: str, folder: Path, seed: int = 0) -> tuple[Qwen2ForCausalLM, dict]:
     """The three phases; returns the model and its records."""
     torch.manual_seed(seed)
     model = build(size)
-    a, b, c = (random.Random(f"reading {seed} {phase}") for phase in "ABC")
+    a, b, c = (random.Random(f"reading {seed} {phase}") for phase in PHASES)
     exercises = Exercises(a)
     twins = sorted_batches(lambda: conversations(b), 32)
     views = sorted_batches(lambda: rasters(c), 16)
 
-    def phase_a(step: int) -> tuple[Tensor, dict]:
+    def exercise(step: int) -> tuple[Tensor, dict]:
         loss, figures = learn(model, exercises(step))
         exercises.right += 0.1 * (figures["right"] - exercises.right)
         return loss, figures
 
-    def run(phase: str, loss: Callable, lr: float, final: float) -> dict:
-        return fit(f"llm_{size}_{phase}", model, loss, steps[phase], lr, folder, final)
-
+    losses = {
+        "A": exercise,
+        "B": lambda _: learn(model, next(twins)),
+        "C": lambda _: learn(model, next(views)),
+    }
     return model, {
-        "A": run("A", phase_a, 2.5e-3, 1.0),
-        "B": run("B", lambda _: learn(model, next(twins)), 2.5e-3, 0.4),
-        "C": run("C", lambda _: learn(model, next(views)), 2e-3, 0.05),
+        phase: fit(f"llm_{size}_{phase}", model, losses[phase], steps, lr, folder, final)
+        for phase, (steps, lr, final) in PHASES.items()
     }
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from nanollava.encoder import ENCODERS, build
 
 R, MARGIN = 48, 16
-STEPS = (2500, 10000)  # stem alone, whole tower
+# phase: steps and learning rate; the stem alone, the whole tower, the same with small steps
+PHASES = {"stem": (2500, 3e-3), "dense": (6000, 2e-3), "polish": (3000, 1e-3)}
 HEADS = ("stem", "char", "word", "object")
 GLYPHS = "\0" + string.ascii_lowercase + string.digits  # 37 classes, 0 is blank
 WORDS = ["", *pages.KEYS, "#", "?"]  # none, a key, a number, other
@@ -151,10 +152,8 @@ def accuracy(out: tuple[Tensor, ...], targets: list[Tensor]) -> dict[str, float]
     return {head: hits(o, t) for head, o, t in zip(HEADS, out, targets, strict=True)}
 
 
-def train(
-    size: str, folder: Path, steps: tuple[int, int] = STEPS, seed: int = 0
-) -> tuple[Sight, dict]:
-    """The two phases, glyphs in the stem and then everything; returns the model and its records."""
+def train(size: str, folder: Path, seed: int = 0) -> tuple[Sight, dict]:
+    """All phases, glyphs in the stem and then everything; returns the model and its records."""
     torch.manual_seed(seed)
     name = f"nano_{size}"
     model, windows = Sight(name), Windows(random.Random(f"sight {seed}"), 3000, "train")
@@ -171,10 +170,11 @@ def train(
         losses = [entropy(o, t) for o, t in zip(out, targets, strict=True)]
         return sum(losses[1:]) + 0.5 * losses[0], accuracy(out, targets)
 
-    records = {
-        "stem": fit(f"{name}_stem", model, stem_loss, steps[0], 3e-3, folder),
-        "dense": fit(f"{name}_dense", model, dense_loss, steps[1], 2e-3, folder),
-    }
+    records = {}
+    for phase, (steps, lr) in PHASES.items():
+        windows.rng.seed(f"sight {seed} {phase}")  # the same windows if earlier phases are skipped
+        loss = stem_loss if phase == "stem" else dense_loss
+        records[phase] = fit(f"{name}_{phase}", model, loss, steps, lr, folder)
     return model, records
 
 
