@@ -90,29 +90,28 @@ class Assistant:
         alive, positions = [True] * len(documents), row.positions + skip
         with model.autocast():
             embeds = model.embed(row)  # (1, S, D)
-            for _ in range(room):
-                ids = self._next(embeds, positions, lengths, cache)
-                found = iter(ids.tolist())
-                out = [next(found) if a else None for a in alive]
-                alive = [a and t not in stops for a, t in zip(alive, out, strict=True)]
-                yield [t if a else None for t, a in zip(out, alive, strict=True)]
-                if not any(alive):
-                    return
-                lengths = [int(a) for a in alive]
-                kept = [t for t, a in zip(out, alive, strict=True) if a]
-                at = [u for u, a in zip(cache.used, alive, strict=True) if a]
-                tokens, positions = torch.tensor([kept, at], device=ids.device)[:, None]
-                embeds = model.llm.get_input_embeddings()(tokens)  # (1, alive, D)
+        for _ in range(room):
+            ids = self._next(embeds, positions, lengths, cache)
+            found = iter(ids.tolist())
+            out = [next(found) if a else None for a in alive]
+            alive = [a and t not in stops for a, t in zip(alive, out, strict=True)]
+            yield [t if a else None for t, a in zip(out, alive, strict=True)]
+            if not any(alive):
+                return
+            lengths = [int(a) for a in alive]
+            kept = [t for t, a in zip(out, alive, strict=True) if a]
+            at = [u for u, a in zip(cache.used, alive, strict=True) if a]
+            tokens, positions = torch.tensor([kept, at], device=ids.device)[:, None]
+            embeds = model.llm.get_input_embeddings()(tokens)  # (1, alive, D)
 
     def _next(self, embeds: Tensor, positions: Tensor, lengths: list[int], cache: Cache) -> Tensor:
         """One pass over a row; the likeliest next id of every document with positions in it."""
-        hidden = self.model.llm.model(
-            inputs_embeds=embeds, position_ids=positions, documents=lengths, cache=cache,
-            use_cache=False,
-        ).last_hidden_state[0]  # fmt: skip
+        with self.model.autocast():
+            hidden = self.model.read(embeds, positions, lengths, cache)
+            ends = torch.tensor([n for n in lengths if n], device=hidden.device).cumsum(0) - 1
+            ids = self.model.llm.lm_head(hidden[ends]).argmax(-1)
         cache.advance(lengths)
-        ends = torch.tensor([n for n in lengths if n], device=hidden.device).cumsum(0) - 1
-        return self.model.llm.lm_head(hidden[ends]).argmax(-1)
+        return ids
 
     def answer(self, documents: Sequence[Document], room: int, template: str = "") -> list[str]:
         """Answers to a batch of prompts, each of at most `room` tokens."""

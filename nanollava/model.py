@@ -89,14 +89,19 @@ class VLM(nn.Module):
         nothing = self.projector(self.encoder(black)).sum() + self.newline.sum()
         return (row + 0 * nothing)[None]
 
+    def read(self, row: Tensor, positions: Tensor, lengths: list[int], cache=None) -> Tensor:
+        """The LLM over a row (1, S, D) of documents -> hidden states (S, D)."""
+        return self.llm.model(
+            inputs_embeds=row, position_ids=positions, documents=lengths, cache=cache,
+            use_cache=False,
+        ).last_hidden_state[0]  # fmt: skip
+
     def forward(self, pack: Pack) -> Tensor:
         """A pack -> the loss of each learned token, float32[K], its K targets in order."""
-        documents = list(pack.lengths) if self.recipe.isolate_documents else [len(pack.ids)]
+        lengths = list(pack.lengths) if self.recipe.isolate_documents else [len(pack.ids)]
         with self.autocast():
             row = self.embed(pack)  # (1, S, D)
-            hidden = self.llm.model(
-                inputs_embeds=row, position_ids=pack.positions, documents=documents, use_cache=False
-            ).last_hidden_state[0]  # (S, D)
+            hidden = self.read(row, pack.positions, lengths)  # (S, D)
             logits = self.llm.lm_head(hidden[pack.predict])  # (K, vocabulary)
         losses = F.cross_entropy(logits.float(), pack.targets, reduction="none")
         return losses if len(losses) else hidden.sum()[None] * 0

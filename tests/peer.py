@@ -226,7 +226,7 @@ def peer_of(model: VLM, device: str = "cpu") -> LlavaOnevisionForConditionalGene
     blocks = model.encoder.visual.trunk.blocks
     vision = SiglipVisionConfig(
         hidden_size=row.width, intermediate_size=blocks[0].mlp.fc1.out_features,
-        num_hidden_layers=len(blocks), num_attention_heads=blocks[0].attn.num_heads,
+        num_hidden_layers=row.blocks, num_attention_heads=blocks[0].attn.num_heads,
         image_size=row.tile, patch_size=row.patch, vision_use_head=False,
     )  # fmt: skip
     text = Qwen2Config(**model.llm.config.to_dict())
