@@ -169,12 +169,11 @@ class Assistant:
         said = ""
         for (token,) in self.stream([document], room, cache=cache, skip=skip):
             self.seen.first = self.seen.first or time.perf_counter() - start
-            if token is not None:
-                written.append(token)
-                text = self.model.tokenizer.decode(written, skip_special_tokens=True)
-                if not text.endswith("\ufffd"):  # half of a character
-                    yield text[len(said) :]
-                    said = text
+            written += [] if token is None else [token]
+            text = self.model.tokenizer.decode(written, skip_special_tokens=True)
+            if token is None or len(written) == room or not text.endswith("\ufffd"):
+                yield text[len(said) :]  # not half of a character, unless the answer ends there
+                said = text
         self.seen.seconds, self.seen.tokens = time.perf_counter() - start, len(written)
         self.memory = Memory(cache, (ids + written)[: cache.used[0]], key)
 

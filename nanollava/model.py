@@ -83,6 +83,8 @@ class VLM(nn.Module):
         if pack.layouts:
             seen = self.see(pack.views, pack.layouts)
             return row.index_copy(0, pack.visual, seen.to(row.dtype))[None]
+        if not torch.is_grad_enabled():
+            return row[None]
         # Text only: a black view at weight 0, so that every rank has a gradient for everything.
         R = self.row.tile
         black = torch.zeros(1, 3, R, R, dtype=torch.uint8, device=row.device)
@@ -91,9 +93,10 @@ class VLM(nn.Module):
 
     def read(self, row: Tensor, positions: Tensor, lengths: list[int], cache=None) -> Tensor:
         """The LLM over a row (1, S, D) of documents -> hidden states (S, D)."""
+        mask = row.new_ones(1, 1, 1, 1)  # unused: without one transformers 5 waits for the device
         return self.llm.model(
-            inputs_embeds=row, position_ids=positions, documents=lengths, cache=cache,
-            use_cache=False,
+            inputs_embeds=row, position_ids=positions, attention_mask=mask, documents=lengths,
+            cache=cache, use_cache=False,
         ).last_hidden_state[0]  # fmt: skip
 
     def forward(self, pack: Pack) -> Tensor:

@@ -46,7 +46,7 @@ def bare(model: VLM, documents: list, stage) -> list[float]:
     groups = model.groups(stage.lr, stage.vision_lr, stage.lr, stage.weight_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)
     ticks, total = [], sum(d.learned for d in documents)
-    for step in range(STEPS):
+    for _ in range(STEPS):
         for part in split(documents, stage.microbatch_tokens):
             row = pack(part, model.row.tile)
             losses = model(row)
