@@ -1,19 +1,22 @@
 """One style for every figure, and the figures that more than one page shows.
 
-    python notebooks/plots.py hero runs/nano notebooks/figures/hero.png
+python notebooks/plots.py hero runs/nano notebooks/figures/hero.png
 """
 
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 INK, GRID, BASE, RIGHT, WRONG = "#1a1a1a", "#d1495b", "#2e4057", "#2a7f62", "#b3261e"
-plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK,
-                     "figure.dpi": 150, "savefig.bbox": "tight", "savefig.facecolor": "white"})  # fmt: skip
+plt.rcParams["font.size"] = 9
+plt.rcParams["text.color"] = INK
+plt.rcParams["figure.dpi"] = 150
+plt.rcParams["savefig.bbox"] = "tight"
 
 
 def picture(axis, image, title: str = "", edge: str = INK) -> None:
@@ -59,9 +62,10 @@ def hero(run: str, out: str, seed: int = 3) -> None:
     columns = figure.add_gridspec(1, 4, width_ratios=[1.1, 0.75, 1.1, 1.5], wspace=0.12)
     grid_over(figure.add_subplot(columns[0]), image, plan)
     picture(figure.add_subplot(columns[1]), views[0], "base view: 48x48", BASE)
-    tiles = columns[2].subgridspec(b, a, wspace=0.06, hspace=0.06)
-    for i in range(a * b):
-        picture(figure.add_subplot(tiles[i]), views[1 + i], edge=GRID)
+    gap = np.pad(views[1:], ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
+    tiles = gap.reshape(b, a, *gap.shape[1:]).transpose(0, 2, 1, 3, 4)  # (b, R, a, R, 3)
+    tiles = tiles.reshape(b * gap.shape[1], a * gap.shape[2], 3)
+    picture(figure.add_subplot(columns[2]), tiles, f"{a * b} tiles: 48x48 each", "white")
     axis = figure.add_subplot(columns[3])
     axis.axis("off")
     T = llava.model.row.side**2
@@ -70,8 +74,8 @@ def hero(run: str, out: str, seed: int = 3) -> None:
     for y, (grid, name) in zip((0.52, 0.22), (("base", "base view alone"), ("3x3", "with tiles"))):
         right = answers[grid].split()[-1:] == [record["answer"]]
         axis.text(0, y, f"{name}:", color=INK)
-        axis.text(0, y - 0.13, f"{answers[grid]}  ({'right' if right else 'wrong'})",
-                  color=RIGHT if right else WRONG, family="DejaVu Sans Mono", fontsize=11)  # fmt: skip
+        verdict, colour = ("right", RIGHT) if right else ("wrong", WRONG)
+        axis.text(0, y - 0.13, f"{answers[grid]}  ({verdict})", color=colour, fontsize=12)
     figure.savefig(out)
 
 
