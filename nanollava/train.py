@@ -61,14 +61,20 @@ class Student(ComposerModel):
         return step_flops(forward, self.train_set)
 
 
+def over_processes(values: Tensor, operation: str) -> Tensor:
+    """The SUM or MAX of a tensor over all processes; NCCL wants it on the device meanwhile."""
+    values = get_device(None).tensor_to_device(values)
+    dist.all_reduce(values, reduce_operation=operation)
+    return values.cpu()
+
+
 def splitter(tile: int) -> Callable[[list[Document], int], list[Pack]]:
     """Documents -> packs of at most `budget` positions, as many on every process."""
 
     def split_batch(documents: list[Document], budget: int) -> list[Pack]:
         packs = split(documents, budget)
-        most = torch.tensor(len(packs))
-        dist.all_reduce(most, reduce_operation="MAX")
-        packs += [[] for _ in range(int(most) - len(packs))]
+        most = int(over_processes(torch.tensor(len(packs)), "MAX"))
+        packs += [[] for _ in range(most - len(packs))]
         return [pack(documents, tile) for documents in packs]
 
     return split_batch
@@ -99,9 +105,8 @@ class Report(Callback):
         student = state.model.module if dist.get_world_size() > 1 else state.model
         stop = torch.tensor([[float(self.stop), 0]], dtype=torch.float64)
         table = torch.cat([student.table, student.table.sum(0, keepdim=True), stop])
-        dist.all_reduce(table)
+        *rows, (stop, _) = over_processes(table, "SUM").tolist()
         student.table.zero_()
-        *rows, (stop, _) = table.tolist()
         self.stop = bool(stop)
         step, loss = int(state.timestamp.batch), rows[-1][0] / rows[-1][1]
         if not isfinite(loss):
