@@ -1,12 +1,15 @@
 """Stage 0 of the LLM: a tiny Qwen2 learns to look things up, to talk, and to read patch rasters.
 
 The blog starts from an LLM that was pretrained on the web. A model of this size learns in-context
-look-up only from an order of exercises, each of which was needed (three phases):
+look-up only from an order of exercises, each of which was needed (five phases):
     A  repeated random sequences over few symbols, then more; strings whose next symbol needs two
        symbols of context; shuffled records "key value" with questions.
     B  text twins of nano pages with conversations about them, facts, presence, choice.
     C  rasters: one token per 8x8 patch, in the order in which the VLM will show its visual
        tokens (base view, then the tiles' rows, a newline behind each), and plain transcriptions.
+    D  is there such a thing in a scene? Among longer answers these short ones weigh too little
+       and stay a guess; as every other batch they are learned within four hundred steps.
+    E  C again with a little of B and D, for what D has made the model forget.
 No picture is involved. All of it in the chat template of stage 2 or in `plain`, as stage 1 has it.
 """
 
@@ -27,7 +30,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 SIZES = {"s": (64, 2, 176, 4), "m": (96, 3, 256, 4), "l": (160, 4, 432, 5)}
 # phase: steps, learning rate, the share of it that is left at the phase's end
-PHASES = {"A": (1300, 2.5e-3, 1.0), "B": (1300, 2.5e-3, 0.4), "C": (2600, 2e-3, 0.05)}
+PHASES = {
+    "A": (1300, 2.5e-3, 1.0),
+    "B": (1300, 2.5e-3, 0.4),
+    "C": (2600, 2e-3, 0.05),
+    "D": (500, 2e-3, 0.05),
+    "E": (300, 1e-3, 0.05),
+}
 Row = tuple[list[int], list[bool]]  # ids, and which of them are learned
 
 TOKENIZER = vocabulary.build()
@@ -198,8 +207,7 @@ def talk(rng: random.Random, page: Page) -> list[tuple[str, str]]:
     """
     dice = rng.random()
     if page.kind == "scene" and dice < 0.3:
-        drawn = [world.draw_presence(rng, page) for _ in range(rng.choice((1, 2, 4, 8)))]
-        return [(world.ask(rng, "presence", world.a_(thing)), answer) for thing, answer in drawn]
+        return presence(rng, page)
     if page.kind != "scene" and dice < 0.12:
         return [(world.ask(rng, "transcribe"), "\n".join(page.lines()))]
     if dice < 0.5 if page.kind == "scene" else dice < 0.24:
@@ -298,6 +306,22 @@ def rasters(rng: random.Random) -> Row:
     return chat(talk(rng, page), shown(rng, page, rng.choice(GRIDS[page.kind])))
 
 
+# ------------------------------------------------------------------------------ phase D
+
+
+def presence(rng: random.Random, page: Page) -> list[tuple[str, str]]:
+    """One to eight times: is there such a thing?"""
+    drawn = [world.draw_presence(rng, page) for _ in range(rng.choice((1, 2, 4, 8)))]
+    return [(world.ask(rng, "presence", world.a_(thing)), answer) for thing, answer in drawn]
+
+
+def presences(rng: random.Random) -> Row:
+    """Presence alone, from twins or rasters."""
+    page = layout(rng, "scene", "train")
+    near = rng.random() < 0.5
+    return chat(presence(rng, page), twin(rng, page) if near else shown(rng, page, (2, 2)))
+
+
 # ------------------------------------------------------------------------------ training
 
 
@@ -324,13 +348,14 @@ def learn(model: Qwen2ForCausalLM, rows: list[Row]) -> tuple[Tensor, dict]:
 
 
 def train(size: str, folder: Path, seed: int = 0) -> tuple[Qwen2ForCausalLM, dict]:
-    """The three phases; returns the model and its records."""
+    """All phases; returns the model and its records."""
     torch.manual_seed(seed)
     model = build(size)
-    a, b, c = (random.Random(f"reading {seed} {phase}") for phase in PHASES)
+    a, b, c, d = (random.Random(f"reading {seed} {phase}") for phase in "ABCD")
     exercises = Exercises(a)
     twins = sorted_batches(lambda: conversations(b), 32)
     views = sorted_batches(lambda: rasters(c), 16)
+    scenes = sorted_batches(lambda: presences(d), 32)
 
     def exercise(step: int) -> tuple[Tensor, dict]:
         loss, figures = learn(model, exercises(step))
@@ -341,6 +366,8 @@ def train(size: str, folder: Path, seed: int = 0) -> tuple[Qwen2ForCausalLM, dic
         "A": exercise,
         "B": lambda _: learn(model, next(twins)),
         "C": lambda _: learn(model, next(views)),
+        "D": lambda step: learn(model, next((scenes, views, scenes, twins)[step % 4])),
+        "E": lambda step: learn(model, next((scenes, views, views, twins, views)[step % 5])),
     }
     return model, {
         phase: fit(f"llm_{size}_{phase}", model, losses[phase], steps, lr, folder, final)
