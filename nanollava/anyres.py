@@ -11,7 +11,8 @@ Sizes are (width, height) here, and (H, W) only inside tensors.
 
 import io
 import re
-from dataclasses import dataclass, replace
+import struct
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import isqrt, sqrt
 from pathlib import Path
@@ -22,7 +23,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-MAX_PIXELS = 200_000_000
+MAX_PIXELS = 150_000_000
+UNREADABLE = (OSError, SyntaxError, ValueError, ArithmeticError, struct.error, MemoryError,
+              Image.DecompressionBombError)  # fmt: skip
 GRIDS = {
     "base": ((0, 0),),  # no tiles: the base view alone, T tokens
     "5grids": ((2, 2), (1, 2), (1, 3), (2, 1), (3, 1)),  # the blog's baseline
@@ -56,6 +59,7 @@ class Layout:
     crop: tuple[int, int, int, int]  # top, bottom, left, right: kept part of the tiles' raster
     raster: tuple[int, int]  # rows, columns of the tiles' tokens as the LLM gets them
     newlines: int  # one per raster row, or none
+    visual: Visual = field(default=Visual(), compare=False)  # the settings that it follows
 
     @property
     def views(self) -> int:
@@ -143,53 +147,66 @@ def layout(size: tuple[int, int], visual: Visual, tile: int, side: int) -> Layou
             f"each of the {a * b + 1} views of grid {a}x{b}: raise it or lower max_grid"
         )
     fitted = fit((W, H), (a * tile, b * tile)) if a else (0, 0)
-    plan = Layout(size, tile, grid, fitted, t, (0, b * t, 0, a * t), (b * t, a * t), 0)
+    lay = Layout(size, tile, grid, fitted, t, (0, b * t, 0, a * t), (b * t, a * t), 0, visual)
     if visual.budget == "mosaic" and a:
-        plan = _mosaic(plan, tau - side * side)
-    return plan if visual.arrange == "flat" else replace(plan, newlines=plan.raster[0])
+        lay = _mosaic(lay, tau - side * side)
+    return lay if visual.arrange == "flat" else replace(lay, newlines=lay.raster[0])
 
 
-def _mosaic(plan: Layout, tau: int) -> Layout:
-    """The released code's budget: cut the padding, then shrink the raster if over 1.1^2 tau.
+def _mosaic(lay: Layout, rest: int) -> Layout:
+    """The released code's budget: cut the padding, then shrink the raster if it is over 1.1^2
+    times what the base view leaves of tau, `rest`.
 
     The two square roots stay in floating point, as in HF LlavaOnevision: a processor and a model
     that disagree by one row are the most reported bug of this family.
     """
-    (W, H), (rows, cols) = plan.size, plan.raster
+    (W, H), (rows, cols) = lay.size, lay.raster
     top = left = 0
     if W * rows > cols * H:  # wider than the raster: cut above and below
         top = (rows - H * cols // W) // 2
     else:
         left = (cols - W * rows // H) // 2
     h, w = rows - 2 * top, cols - 2 * left
-    times = sqrt(h * w / tau) if tau > 0 else 0
+    times = sqrt(h * w / rest) if rest > 0 else 0
     raster = (int(h // times), int(w // times)) if times > 1.1 else (h, w)
-    if tau <= 0 or (times > 1.1 and 0 in raster):  # a hair-thin image has no row: as in HF
+    if rest <= 0 or (times > 1.1 and 0 in raster):  # a hair-thin image has no row: as in HF
         raise ValueError(
-            f"max_visual_tokens leaves {tau} tokens for the {h}x{w} raster of an image of {W}x{H} "
+            f"max_visual_tokens leaves {rest} tokens for the {h}x{w} raster of an image of {W}x{H} "
             "pixels beside its base view: a mosaic budget must be at least 2T"
         )
-    return replace(plan, crop=(top, rows - top, left, cols - left), raster=raster)
+    return replace(lay, crop=(top, rows - top, left, cols - left), raster=raster)
 
 
 def open_image(data: bytes | str | Path) -> Image.Image:
     """Bytes or a file of any size and mode -> RGB, upright, first frame.
 
-    Raises ValueError for what cannot be read, and for more than 200 million pixels.
+    Raises ValueError for what cannot be read, and for more than 150 million pixels.
     """
     try:
         image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels, limit {MAX_PIXELS:,}")
         image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel, or more
-            pixels = np.asarray(image, dtype=np.float32)
-            scale = 255 / max(65535.0 if pixels.max() > 255 else 255.0, 1)
-            image = Image.fromarray((pixels * scale).clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return upright_rgb(image)
+    except UNREADABLE as error:
         raise ValueError(f"unreadable image: {error}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB, turned as EXIF says, what is transparent on white (the released code drops
+    alpha, which blackens many drawings); 16-bit and float pixels are scaled to 8 bits.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        pixels = np.asarray(image, dtype=np.float32)
+        white = next(w for w in (1, 255, 65535, float(2**32)) if pixels.max() <= w)
+        image = Image.fromarray((pixels * (255 / white)).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        white.info = image.info
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
 def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -201,22 +218,22 @@ def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image, size[::-1], mode="bicubic", antialias=True)[0]
 
 
-def cut_views(image: Image.Image, plan: Layout) -> Tensor:
+def cut_views(image: Image.Image, lay: Layout) -> Tensor:
     """RGB image -> uint8[N, 3, R, R]: the whole image squashed, then its tiles, row by row."""
     pixels = torch.from_numpy(np.asarray(image).copy())  # (H, W, 3)
-    (a, b), R = plan.grid, plan.tile
+    (a, b), R = lay.grid, lay.tile
     base = resize(pixels, (R, R))[None]
     if not a:
         return base
-    (left, top), (w, h) = plan.offset, plan.fitted
+    (left, top), (w, h) = lay.offset, lay.fitted
     canvas = torch.zeros(3, b * R, a * R, dtype=torch.uint8)  # black, before normalisation
     canvas[:, top : top + h, left : left + w] = resize(pixels, (w, h))
     tiles = canvas.unflatten(1, (b, R)).unflatten(3, (a, R))  # (3, b, R, a, R)
     return torch.cat([base, tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)])
 
 
-def stitch(views: Tensor, plan: Layout) -> Tensor:
+def stitch(views: Tensor, lay: Layout) -> Tensor:
     """The reverse of `cut_views`: uint8[N, 3, R, R] -> the fitted image, uint8[3, h, w]."""
-    (a, b), (left, top), (w, h) = plan.grid, plan.offset, plan.fitted
+    (a, b), (left, top), (w, h) = lay.grid, lay.offset, lay.fitted
     canvas = views[1:].unflatten(0, (b, a)).permute(2, 0, 3, 1, 4)  # (3, b, R, a, R)
     return canvas.flatten(3).flatten(1, 2)[:, top : top + h, left : left + w]

@@ -73,10 +73,10 @@ def rates(model: Any) -> Rates:
 
 def forward_flops(rate: Rates, documents: Sequence[Document], T: int, after: bool) -> dict:
     """Forward FLOPs of a batch by part; `after`: the projector runs before pooling, on all T."""
-    plans = [plan for d in documents for plan in d.layouts]
-    views = sum(plan.views for plan in plans)
+    layouts = [lay for d in documents for lay in d.layouts]
+    views = sum(lay.views for lay in layouts)
     lengths = [len(d.ids) for d in documents]
-    tokens = views * T if after else sum(plan.tokens for plan in plans)
+    tokens = views * T if after else sum(lay.tokens for lay in layouts)
     return {
         "encoder": rate.view * views,
         "stem": rate.stem * views,

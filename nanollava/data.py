@@ -31,7 +31,8 @@ def shard_folder(recipe: Recipe, name: str) -> Path:
     key = json.dumps([asdict(source), recipe.seed])
     kind, _, file = source.path.partition(":")
     file = Path(file if kind in READERS else source.path.rpartition(":")[0])
-    content = file.read_bytes() if file.is_file() else b""
+    files = sorted(file.parent.glob("*.py")) if file.suffix == ".py" else [file]
+    content = b"".join(f.read_bytes() for f in files if f.is_file())  # what FILE.py may import
     return Path(recipe.data) / f"{name}-{hashlib.sha256(key.encode() + content).hexdigest()[:10]}"
 
 
@@ -42,7 +43,9 @@ def usable(source: Source, seed: int, bad: list[str]) -> Iterator[dict]:
             images = images_of(record)
             for data in images:
                 open_image(data)
-            read_turns(record["conversations"], len(images))
+            turns = read_turns(record["conversations"], len(images))
+            if not any(turn.role == "assistant" and turn.text for turn in turns):
+                raise ValueError("no answer to learn from")
         except (ValueError, KeyError, OSError) as error:
             bad.append(f"{record.get('id')}: {error}")
             continue
@@ -62,7 +65,7 @@ def prepare_source(recipe: Recipe, name: str) -> Path:
 def write_shards(recipe: Recipe, name: str, folder: Path) -> None:
     """Records -> shards in `folder`, which appears when they are complete."""
     source = recipe.sources[name]
-    part = folder.with_suffix(".part")
+    part = Path(f"{folder}.part")
     shutil.rmtree(part, ignore_errors=True)
     bad: list[str] = []
     bar = tqdm(usable(source, recipe.seed, bad), f"prepare {name}", source.samples or None)
@@ -74,6 +77,8 @@ def write_shards(recipe: Recipe, name: str, folder: Path) -> None:
                 "sizes": [len(data) for data in images],
                 "conversations": record["conversations"], "source": name,
             })  # fmt: skip
+    if not writer.shards:
+        raise ValueError(f"source {name} yielded no usable record; left out: {bad[:3] or 'none'}")
     if bad:
         (part / "bad.json").write_text(json.dumps(bad, indent=1))
         print(f"  {name}: {len(bad)} records left out, first: {bad[0]} (all in {folder}/bad.json)")
@@ -82,7 +87,8 @@ def write_shards(recipe: Recipe, name: str, folder: Path) -> None:
 
 def prepare(recipe: Recipe) -> None:
     """Write the shards of every source that a stage uses."""
-    used = {name for stage in recipe.stages.values() if stage for name in stage.sources}
+    stages = [stage for stage in recipe.stages.values() if stage]
+    used = {name for stage in stages for name, times in stage.sources.items() if times}
     for name in sorted(used):
         prepare_source(recipe, name)
 

@@ -28,6 +28,7 @@ from nanollava.sequence import Document, Writer
 from nanollava.sources import Source, images_of, records
 
 BATCH = 8192  # positions of a batch of prompts
+AHEAD = 256  # questions whose views are in memory at once
 
 
 def questions(task: Task, seed: int) -> list[tuple[list[Turn], list[bytes], str]]:
@@ -41,19 +42,28 @@ def questions(task: Task, seed: int) -> list[tuple[list[Turn], list[bytes], str]
 
 
 def answer_all(assistant: Any, writer: Writer, items: Sequence[tuple], room: int, title: str):
-    """Answers to items (turns, images, ...), longest prompts first, with a progress bar."""
-    documents: list[tuple[int, Document]] = []
-    for i, (turns, images, *_) in enumerate(items):
-        pictures = [open_image(data) for data in images]
-        documents.append((i, writer(turns, pictures, name=f"{title} {i}", answer=True)))
-    documents.sort(key=lambda pair: -len(pair[1].ids))
+    """Answers to items (turns, images, ...), with a progress bar.
+
+    An image that cannot be read is named, and its answer is empty: it counts as wrong.
+    """
     answers, bar = [""] * len(items), tqdm(total=len(items), desc=title, disable=None, leave=False)
-    while documents:
-        n = max(1, BATCH // (len(documents[0][1].ids) + room))
-        batch, documents = documents[:n], documents[n:]
-        for (i, _), text in zip(batch, assistant.answer([d for _, d in batch], room), strict=True):
-            answers[i] = text
-        bar.update(len(batch))
+    for start in range(0, len(items), AHEAD):
+        documents: list[tuple[int, Document]] = []
+        for i, (turns, images, *_) in enumerate(items[start : start + AHEAD], start):
+            try:
+                pictures = [open_image(data) for data in images]
+            except ValueError as error:
+                print(f"{title}, question {i}: {error}; counted as wrong")
+                continue
+            documents.append((i, writer(turns, pictures, name=f"{title} {i}", answer=True)))
+        documents.sort(key=lambda pair: -len(pair[1].ids))
+        while documents:
+            n = max(1, BATCH // (len(documents[0][1].ids) + room))
+            batch, documents = documents[:n], documents[n:]
+            texts = assistant.answer([d for _, d in batch], room)
+            for (i, _), text in zip(batch, texts, strict=True):
+                answers[i] = text
+            bar.update(len(batch))
     bar.close()
     return answers
 
@@ -90,8 +100,7 @@ def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict
     return {
         "task": name, "metric": task.metric, "score": round(float(total(rows)), 4),
         "low": round(low, 4), "high": round(high, 4), "n": len(pairs),
-        "seconds": round(time.perf_counter() - start, 2), "seed": recipe.seed,
-        "visual": asdict(visual),
+        "seconds": round(time.perf_counter() - start, 2),
     }  # fmt: skip
 
 
@@ -102,25 +111,32 @@ def evaluate(assistant: Any, run: str | Path, only: Sequence[str] = (), limit: i
     unknown = set(only) - set(recipe.tasks)
     if unknown:
         raise ValueError(f"unknown tasks {sorted(unknown)}; this recipe has {list(recipe.tasks)}")
-    file = run / "results.jsonl"
-    weights = hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()[:12]
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    rows = []
+    with (run / "model.safetensors").open("rb") as weights:
+        digest = hashlib.file_digest(weights, "sha256").hexdigest()[:12]
+    done, rows = read_results(run), []
     for setting, changes in (recipe.settings or {"recipe": {}}).items():
         visual = with_visual(recipe, changes).visual
         for name, task in tasks.items():
             task = replace(task, samples=limit or task.samples)
-            key = {"task": name, "setting": setting, "weights": weights, "asked": task.samples}
+            asked = {"keys": asdict(task), "visual": asdict(visual), "seed": recipe.seed}
+            key = {"task": name, "setting": setting, "weights": digest, **asked}
             row = next((r for r in done if key.items() <= r.items()), None)
             if row is None:
                 row = evaluate_task(assistant, name, task, visual)
                 if row is None:
                     continue
                 row = {**key, **row}
-                with file.open("a") as out:
+                with (run / "results.jsonl").open("a") as out:
                     out.write(json.dumps(row) + "\n")
             rows.append(row)
     return rows
+
+
+def read_results(run: Path) -> list[dict]:
+    """The rows of results.jsonl; the half line of a process that was killed is left out."""
+    file = run / "results.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
 def show(rows: Sequence[dict], console: Console | None = None) -> None:

@@ -17,7 +17,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from nanollava.anyres import Layout, open_image
+from nanollava.anyres import Layout, open_image, upright_rgb
 from nanollava.llm import Cache
 from nanollava.model import VLM
 from nanollava.model import load as load_model
@@ -138,11 +138,13 @@ class Assistant:
         tokens and times. Raises ValueError for an unreadable image or an impossible setting.
         """
         images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
-        pictures = [x if isinstance(x, Image) else open_image(x) for x in images]
-        pictures = [x if x.mode == "RGB" else x.convert("RGB") for x in pictures]
+        pictures = [upright_rgb(x) if isinstance(x, Image) else open_image(x) for x in images]
         changes = {"max_grid": max_grid, "max_visual_tokens": max_visual_tokens}
         changes = {k: str(v) for k, v in changes.items() if v is not None}
         visual = with_visual(self.model.recipe, changes).visual
+        for pair in history or []:
+            if not isinstance(pair, (tuple, list)) or [type(x) for x in pair] != [str, str]:
+                raise ValueError(f"history has {pair!r:.80}; expected (question, answer) pairs")
         questions = [*(history or []), (text, None)]
         turns = []
         for i, (question, reply) in enumerate(questions):

@@ -83,6 +83,14 @@ def one_document(query: Tensor, key: Tensor, value: Tensor, scale: float | None)
     )[0]
 
 
+def packed_flash(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float):
+    """`packed_attention` by flash-attn; rotary embedding has made query and key float32."""
+    ends = torch.tensor([0, *lengths], device=query.device).cumsum(0, dtype=torch.int32)
+    rows = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (S, H, d)
+    most = max(lengths)
+    return flash_varlen()(*rows, ends, ends, most, most, softmax_scale=scaling, causal=True)[None]
+
+
 def packed_attention(
     module: nn.Module, query, key, value, attention_mask, scaling=None, documents=None, cache=None,
     **_,
@@ -93,13 +101,8 @@ def packed_attention(
     """
     groups = query.shape[1] // key.shape[1]
     lengths = documents or [query.shape[2]]
-    kernel = flash_varlen() if query.is_cuda and cache is None else None
-    if kernel:
-        ends = torch.tensor([0, *lengths], device=query.device).cumsum(0, dtype=torch.int32)
-        rows = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, H, d)
-        out = kernel(*rows, ends, ends, max(lengths), max(lengths), softmax_scale=scaling,
-                     causal=True)  # fmt: skip
-        return out[None], None
+    if query.is_cuda and cache is None and value.dtype.itemsize == 2 and flash_varlen():
+        return packed_flash(query, key, value, lengths, scaling), None
     dtype = query.dtype
     if not query.is_cuda:  # the CPU's float32 kernel is faster than its bf16 one: 5x at 45 tokens
         query, key, value = query.float(), key.float(), value.float()

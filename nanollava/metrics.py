@@ -5,6 +5,7 @@ ANLS (DocVQA, InfoVQA), relaxed accuracy (ChartQA), F1 of "yes" (POPE), an exact
 ScienceQA), an edit score (SynthDOG) and, for captions, the share of facts that are named.
 """
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -39,7 +40,8 @@ def facts(prediction: str, reference: str) -> float:
     """The share of the reference's facts (one a line) that the prediction contains."""
     lines = [line.strip().lower() for line in reference.splitlines() if line.strip()]
     said = prediction.lower()
-    return sum(line in said for line in lines) / len(lines) if lines else 0.0
+    found = [re.search(rf"(?<!\w){re.escape(line)}(?!\w)", said) for line in lines]
+    return sum(map(bool, found)) / len(lines) if lines else 0.0
 
 
 def exact(prediction: str, reference: str) -> float:

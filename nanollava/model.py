@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,18 +64,18 @@ class VLM(nn.Module):
 
     def see(self, views: Tensor, layouts: tuple[Layout, ...]) -> Tensor:
         """uint8[N, 3, R, R], the views of all images -> visual tokens and newlines (V, D)."""
-        keys = self.recipe.visual
+        after = layouts[0].visual.pool_after_projector
         x = self.encoder(views)  # (N, T, C)
-        if keys.pool_after_projector:
+        if after:
             x = self.projector(x)  # (N, T, D)
-        images = x.split([plan.views for plan in layouts])
-        images = [pool(f, plan, keys.pooling, keys.arrange == "flat")
-                  for f, plan in zip(images, layouts, strict=True)]  # fmt: skip
-        if not keys.pool_after_projector:
+        images = x.split([lay.views for lay in layouts])
+        images = [pool(f, lay, lay.visual.pooling, lay.visual.arrange == "flat")
+                  for f, lay in zip(images, layouts, strict=True)]  # fmt: skip
+        if not after:
             lengths = [len(x) for x in images]
             images = self.projector(torch.cat(images)).split(lengths)
-        rows = [add_newlines(x, plan, self.newline)
-                for x, plan in zip(images, layouts, strict=True)]  # fmt: skip
+        rows = [add_newlines(x, lay, self.newline)
+                for x, lay in zip(images, layouts, strict=True)]  # fmt: skip
         return torch.cat(rows) + 0 * self.newline  # a gradient even where no image has tiles
 
     def embed(self, pack: Pack) -> Tensor:
@@ -105,9 +106,10 @@ class VLM(nn.Module):
         with self.autocast():
             row = self.embed(pack)  # (1, S, D)
             hidden = self.read(row, pack.positions, lengths)  # (S, D)
+            if not pack.learned:  # a zero that still has a gradient for every parameter
+                return self.llm.lm_head(hidden[:1]).float().sum()[None] * 0
             logits = self.llm.lm_head(hidden[pack.predict])  # (K, vocabulary)
-        losses = F.cross_entropy(logits.float(), pack.targets, reduction="none")
-        return losses if len(losses) else hidden.sum()[None] * 0
+        return F.cross_entropy(logits.float(), pack.targets, reduction="none")
 
     def set_trainable(self, train: str) -> dict[str, int]:
         """Freeze all but what a stage trains; returns {part: parameters that train}."""
@@ -129,7 +131,7 @@ class VLM(nn.Module):
         return [{"params": ps, "lr": r, "weight_decay": d} for (r, d), ps in groups.items()]
 
 
-def save(model: VLM, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+def save(model: VLM, folder: str | Path) -> None:
     """Write recipe.yaml, config.json, the tokenizer and, last, model.safetensors."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +139,7 @@ def save(model: VLM, folder: str | Path, state: dict[str, Tensor] | None = None)
     config = json.loads(model.llm.config.to_json_string(use_diff=False))
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     model.tokenizer.save_pretrained(folder)
-    state = {k: v.contiguous() for k, v in (state or model.state_dict()).items()}
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
     if model.llm.config.tie_word_embeddings:
         state.pop("llm.lm_head.weight", None)
     half = folder / "model.safetensors.half"
@@ -157,15 +159,25 @@ def load(folder: str | Path, device: str = "cpu") -> VLM:
         raise FileNotFoundError(
             f"{folder} has no model.safetensors: train first, or give one of {found or 'your runs'}"
         )
+    for name in ("recipe.yaml", "config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} has weights but no {name}: it is no whole run folder"
+            )
     recipe = read_recipe(folder / "recipe.yaml", llm=str(folder))
     model = VLM(recipe, weights="random")
     load_weights(model, weights)
+    if device == "cuda" and recipe.precision == "auto":
+        model.llm.bfloat16()  # once, where autocast would cast all of it for every token
     return model.eval().to(device)
 
 
 def load_weights(model: VLM, file: str | Path) -> None:
     """Fill a model from a safetensors file; names both shapes where they do not fit."""
-    state, own = load_file(file), model.state_dict()
+    try:
+        state, own = load_file(file), model.state_dict()
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
     for name, tensor in state.items():
         if name in own and own[name].shape != tensor.shape:
             raise ValueError(

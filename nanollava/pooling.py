@@ -22,7 +22,7 @@ def resample(maps: Tensor, size: tuple[int, int], method: str) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
-def pool(features: Tensor, plan: Layout, method: str, flat: bool = False) -> Tensor:
+def pool(features: Tensor, lay: Layout, method: str, flat: bool = False) -> Tensor:
     """Features (N, T, C) of one image -> visual tokens (L, C): base view first, then the tiles.
 
     Every view is pooled to side x side; the tiles become one raster, which the mosaic budget
@@ -30,21 +30,21 @@ def pool(features: Tensor, plan: Layout, method: str, flat: bool = False) -> Ten
     """
     side = isqrt(features.shape[1])
     maps = features.transpose(1, 2).unflatten(2, (side, side))  # (N, C, P, P)
-    maps = resample(maps, (plan.side, plan.side), method)  # (N, C, s, s)
-    if flat or plan.views == 1:
+    maps = resample(maps, (lay.side, lay.side), method)  # (N, C, s, s)
+    if flat or lay.views == 1:
         return maps.flatten(2).transpose(1, 2).flatten(0, 1)
-    (a, b), (top, bottom, left, right) = plan.grid, plan.crop
+    (a, b), (top, bottom, left, right) = lay.grid, lay.crop
     tiles = maps[1:].unflatten(0, (b, a)).permute(2, 0, 3, 1, 4)  # (C, b, s, a, s)
     raster = tiles.flatten(3).flatten(1, 2)[:, top:bottom, left:right]  # (C, h, w)
-    raster = resample(raster[None], plan.raster, method)[0]
+    raster = resample(raster[None], lay.raster, method)[0]
     return torch.cat([maps[0].flatten(1), raster.flatten(1)], dim=1).T
 
 
-def add_newlines(tokens: Tensor, plan: Layout, newline: Tensor) -> Tensor:
+def add_newlines(tokens: Tensor, lay: Layout, newline: Tensor) -> Tensor:
     """Visual tokens (L, D) -> (length, D): the learned newline (D,) after each raster row."""
-    if not plan.newlines:
+    if not lay.newlines:
         return tokens
-    base, tiles = tokens.split([plan.side**2, plan.tokens - plan.side**2])
-    rows = tiles.unflatten(0, plan.raster)  # (rows, columns, D)
-    ends = newline.to(tokens.dtype).expand(plan.raster[0], 1, -1)
+    base, tiles = tokens.split([lay.side**2, lay.tokens - lay.side**2])
+    rows = tiles.unflatten(0, lay.raster)  # (rows, columns, D)
+    ends = newline.to(tokens.dtype).expand(lay.raster[0], 1, -1)
     return torch.cat([base, torch.cat([rows, ends], dim=1).flatten(0, 1)])

@@ -4,7 +4,7 @@ The blog's configuration tables call the connector a "2-Layer Relu MLP"; the rel
 GELU. Both are here.
 """
 
-from torch import Tensor, nn
+from torch import nn
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -22,7 +22,3 @@ class Projector(nn.Sequential):
             layers.append(nn.RMSNorm(dim))
             nn.init.constant_(layers[-1].weight, scale)
         super().__init__(*layers)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """float[..., C] -> float[..., D]."""
-        return super().forward(features)

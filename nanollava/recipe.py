@@ -97,8 +97,17 @@ CHOICES = {
 }
 
 
-def read_yaml(path: Path) -> dict:
+LEAST = {  # of a key wherever it stands
+    "seed": 0, "workers": 0, "max_length": 1, "lift": 0, "pool_stride": 1, "samples": 0,
+    "lr": 0, "vision_lr": 0, "projector_lr": 0, "batch_size": 1, "microbatch_tokens": 1,
+    "warmup": 0, "weight_decay": 0, "save_interval": 1, "max_new_tokens": 1,
+}  # fmt: skip
+
+
+def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
     """A recipe file and its bases as one tree, local paths made absolute."""
+    if path in above:
+        raise ValueError(f"{path} is its own base: {' -> '.join(p.name for p in (*above, path))}")
     if not path.is_file():
         raise FileNotFoundError(f"recipe {path} is not a file")
     try:
@@ -111,7 +120,11 @@ def read_yaml(path: Path) -> dict:
         del tree[key]
     base = tree.pop("base", None)
     tree = OmegaConf.create(_absolute(OmegaConf.to_container(tree), path.parent))
-    return OmegaConf.merge(read_yaml(path.parent / base), tree) if base else tree
+    return (
+        OmegaConf.merge(read_yaml((path.parent / base).resolve(), (*above, path)), tree)
+        if base
+        else tree
+    )
 
 
 def _absolute(value: Any, folder: Path) -> Any:
@@ -133,7 +146,8 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None, **changes:
     try:
         typed = OmegaConf.merge(
             OmegaConf.structured(Recipe), read_yaml(Path(path).resolve()),
-            OmegaConf.from_dotlist(overrides or []), changes,
+            _absolute(OmegaConf.to_container(OmegaConf.from_dotlist(overrides or [])), Path.cwd()),
+            changes,
         )  # fmt: skip
         recipe = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
@@ -149,11 +163,16 @@ def check(recipe: Recipe) -> Recipe:
     for key, known in CHOICES.items():
         if flat[key] not in known:
             raise ValueError(f"{key}: {flat[key]!r} is unknown; choose from {', '.join(known)}")
+    parts = {"": recipe, "visual.": recipe.visual}
+    for kind in ("sources", "stages", "tasks"):
+        parts |= {f"{kind}.{k}.": x for k, x in getattr(recipe, kind).items() if x}
+    for where, part in parts.items():
+        for key, least in LEAST.items():
+            if not getattr(part, key, least) >= least:  # a nan is not, either
+                raise ValueError(f"{where}{key}: {getattr(part, key)}; expected {least} or more")
     visual, row = recipe.visual, ENCODERS[recipe.encoder]
     if visual.budget == "mosaic" and visual.arrange == "flat":
         raise ValueError("visual.arrange: flat needs budget per_view; a mosaic is one raster")
-    if visual.pool_stride < 1:
-        raise ValueError(f"visual.pool_stride: {visual.pool_stride}; expected 1 or more")
     for a, b in parse_grids(visual.max_grid):  # the size that fills this grid finds its errors
         layout((max(a, 1) * row.tile, max(b, 1) * row.tile), visual, row.tile, row.side)
     for name, task in recipe.tasks.items():
@@ -174,6 +193,13 @@ def _check_stage(recipe: Recipe, name: str, stage: Stage) -> None:
                 f"stages.{name}.sources: {source!r} is not among the recipe's sources "
                 f"{list(recipe.sources)}"
             )
+    for source, times in stage.sources.items():
+        if not times >= 0:
+            raise ValueError(f"stages.{name}.sources.{source}: {times}; expected 0 or more")
+    if not re.fullmatch(r"[1-9]\d*(ep|ba)", stage.duration):
+        raise ValueError(f"stages.{name}.duration: {stage.duration!r}; write '2ep' or '500ba'")
+    if stage.warmup > 1:
+        raise ValueError(f"stages.{name}.warmup: {stage.warmup}; expected a share of the duration")
     choices = {"train": ("projector", "projector+llm", "full"), "template": ("", *TEMPLATES)}
     for key, known in choices.items():
         value = getattr(stage, key)

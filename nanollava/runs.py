@@ -24,7 +24,8 @@ COLUMNS = ("stage", "step", "source", "loss", "tokens", "lr", "seconds")
 def check_run(recipe: Recipe) -> None:
     """Raises ValueError, with the differing keys, for a folder with a run of another recipe."""
     file = Path(recipe.run) / "recipe.yaml"
-    changed = differences(read_recipe(file), recipe) if file.exists() else []
+    begun = file.exists() and (file.parent / "losses.csv").exists()
+    changed = differences(read_recipe(file), recipe) if begun else []
     if changed and not recipe.fresh:
         raise ValueError(
             f"{recipe.run} holds a run of another recipe:\n  "
@@ -36,20 +37,27 @@ def check_run(recipe: Recipe) -> None:
 def open_run(recipe: Recipe, processes: int) -> None:
     """Make the folder; write the resolved recipe and what else a result depends on."""
     run = Path(recipe.run)
-    if recipe.fresh:
-        shutil.rmtree(run, ignore_errors=True)
+    if recipe.fresh and run.exists():
+        if any(run.iterdir()) and not (run / "recipe.yaml").exists():
+            raise ValueError(
+                f"fresh=true would delete {run}, which is no run folder: remove it first"
+            )
+        shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
     write_recipe(replace(recipe, fresh=False), run / "recipe.yaml")
     here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    git = ["git", "rev-parse", "HEAD"] if shutil.which("git") else ["true"]
     environment = {
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processes": processes,
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip(),
+        "commit": subprocess.run(git, **here).stdout.strip(),
         "seed": recipe.seed,
     }
-    (run / "environment.json").write_text(json.dumps(environment, indent=1))
+    file = run / "environment.json"  # one entry for each start
+    starts = json.loads(file.read_text()) if file.exists() else []
+    file.write_text(json.dumps([*starts, environment], indent=1))
 
 
 def read_losses(run: str | Path) -> list[dict[str, str]]:

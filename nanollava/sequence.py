@@ -71,9 +71,9 @@ class Pack:
 def expand(ids: Sequence[int], labels: Sequence[int], layouts: Sequence[Layout]):
     """Replace each IMAGE id by as many as its image has positions; int64[S] ids and labels."""
     assert sum(i == IMAGE for i in ids) == len(layouts), (ids.count(IMAGE), len(layouts))
-    long_ids, long_labels, plans = [], [], iter(layouts)
+    long_ids, long_labels, each = [], [], iter(layouts)
     for token, label in zip(ids, labels, strict=True):
-        n = next(plans).length if token == IMAGE else 1
+        n = next(each).length if token == IMAGE else 1
         long_ids += [token] * n
         long_labels += [label] * n
     return torch.tensor(long_ids), torch.tensor(long_labels)
@@ -91,7 +91,7 @@ class Writer:
     label_mask: str = "answers"
     max_length: int = 32768
 
-    def plan(self, images: Sequence[Image]) -> tuple[Layout, ...]:
+    def layouts(self, images: Sequence[Image]) -> tuple[Layout, ...]:
         """One image gets AnyRes; several get a base view each, as in the released code."""
         alone = self.visual if len(images) == 1 else replace(self.visual, max_grid="base")
         return tuple(layout(image.size, alone, self.tile, self.side) for image in images)
@@ -104,20 +104,21 @@ class Writer:
         Raises ValueError for one over `max_length` (image tokens are never cut off) and, unless
         `answer`, for one without any supervised token.
         """
-        plans = self.plan(images)
+        layouts = self.layouts(images)
         words, marks = encode(self.tokenizer, turns, self.template, self.label_mask, answer)
-        ids, labels = expand(words, marks, plans)
+        ids, labels = expand(words, marks, layouts)
         if len(ids) > self.max_length:
+            visual, sizes = sum(lay.length for lay in layouts), [lay.size for lay in layouts]
             raise ValueError(
-                f"sample {name}: {len(ids)} positions, {sum(p.length for p in plans)} of them for "
-                f"images of {[p.size for p in plans]} pixels; max_length is {self.max_length}. "
+                f"sample {name}: {len(ids)} positions, {visual} of them for images of {sizes} "
+                f"pixels; max_length is {self.max_length}. "
                 "Raise max_length or lower visual.max_visual_tokens"
             )
         if not answer and not (labels[1:] != IGNORE).any():
             raise ValueError(f"sample {name}: no supervised token; an answer is empty or missing")
         none = torch.zeros(0, 3, self.tile, self.tile, dtype=torch.uint8)
-        views = [cut_views(image, plan) for image, plan in zip(images, plans, strict=True)]
-        return Document(ids, labels, torch.cat([none, *views]), plans, source, name)
+        views = [cut_views(image, lay) for image, lay in zip(images, layouts, strict=True)]
+        return Document(ids, labels, torch.cat([none, *views]), layouts, source, name)
 
 
 def pack(documents: Sequence[Document], tile: int) -> Pack:
@@ -141,7 +142,7 @@ def pack(documents: Sequence[Document], tile: int) -> Pack:
         targets=torch.cat([none, *targets]),
         owner=torch.cat([none, *owner]),
         views=torch.cat([nothing, *(d.views for d in documents)]),
-        layouts=tuple(plan for d in documents for plan in d.layouts),
+        layouts=tuple(lay for d in documents for lay in d.layouts),
         lengths=lengths,
         sources=tuple(d.source for d in documents),
     )

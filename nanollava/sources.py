@@ -88,6 +88,8 @@ def records(source: Source, seed: int) -> Iterator[dict]:
             f"{', '.join(f'{k}:FILE' for k in READERS)}"
         )
     for i, record in enumerate(islice(read(source, seed), source.samples or None)):
+        if not isinstance(record, dict):
+            raise ValueError(f"{source.path} yielded {record!r:.60}; expected a record (a dict)")
         record.setdefault("id", str(i))
         for turn in record.get("conversations") or () if source.prompt else ():
             if isinstance(turn, dict) and str(turn.get("value")).strip() == "<image>":
@@ -99,4 +101,7 @@ def images_of(record: dict) -> list[bytes]:
     """A record's images as they are in their files, none for text only; OSError if one is gone."""
     image = record.get("image") or []
     images = image if isinstance(image, (list, tuple)) else [image]
+    odd = [type(x).__name__ for x in images if not isinstance(x, (bytes, str, Path))]
+    if odd:
+        raise ValueError(f"image is {odd[0]}; expected a file's bytes, a path, or a list of them")
     return [x if isinstance(x, bytes) else Path(x).read_bytes() for x in images]

@@ -91,10 +91,11 @@ class Report(Callback):
 
     def __init__(self, run: Path, name: str, interval: int):
         self.run, self.name, self.interval = run, name, interval
-        self.stop, self.bar, self.before = False, None, signal.getsignal(signal.SIGTERM)
+        self.asked = self.stop = False  # by SIGTERM here; agreed by all processes
+        self.bar, self.before = None, signal.getsignal(signal.SIGTERM)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop", True))
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
         self.start, self.tokens = time.perf_counter(), int(state.timestamp.token)
         if dist.get_global_rank() == 0:
             done, total = int(state.timestamp.batch), int(state.max_duration.value)
@@ -103,7 +104,7 @@ class Report(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         student = state.model.module if dist.get_world_size() > 1 else state.model
-        stop = torch.tensor([[float(self.stop), 0]], dtype=torch.float64)
+        stop = torch.tensor([[float(self.asked), 0]], dtype=torch.float64)
         table = torch.cat([student.table, student.table.sum(0, keepdim=True), stop])
         *rows, (stop, _) = over_processes(table, "SUM").tolist()
         student.table.zero_()
@@ -125,8 +126,12 @@ class Report(Callback):
         self.bar.update(step - self.bar.n)
 
     def due(self, state: State, event: object) -> bool:
-        """Whether a checkpoint is to be written now: every interval, and before stopping."""
-        return self.stop or int(state.timestamp.batch) % self.interval == 0
+        """Whether a checkpoint is to be written now: every interval, and before stopping.
+
+        Not at the last step, after which the stage's own folder is written.
+        """
+        step = int(state.timestamp.batch)
+        return step < int(state.max_duration.value) and (self.stop or step % self.interval == 0)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         if self.stop:
@@ -139,14 +144,13 @@ class Report(Callback):
 
 
 def steps_of(stage: Stage, batches: int) -> int:
-    """Optimizer steps of a stage whose loader has `batches`: "1ep" or "500ba"."""
-    duration = Time.from_timestring(stage.duration)
-    if duration.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH) or not batches:
+    """Optimizer steps of a stage whose loader has `batches` in an epoch."""
+    if not batches:
         raise ValueError(
-            f"duration {stage.duration!r} with {batches} batches: write '2ep' or '500ba', and give "
-            f"at least batch_size = {stage.batch_size} samples"
+            f"the stage's sources hold fewer samples than batch_size {stage.batch_size}"
         )
-    return int(duration.value * (batches if duration.unit == TimeUnit.EPOCH else 1))
+    duration = Time.from_timestring(stage.duration)
+    return duration.value * (batches if duration.unit == TimeUnit.EPOCH else 1)
 
 
 def announce(name: str, stage: Stage, counts: dict[str, int], steps: int) -> None:
@@ -160,20 +164,21 @@ def announce(name: str, stage: Stage, counts: dict[str, int], steps: int) -> Non
     )
 
 
-def run_stage(recipe: Recipe, name: str, model: VLM) -> None:
-    """Train one stage; resumes from its last checkpoint if it was stopped."""
+def run_stage(recipe: Recipe, name: str, model: VLM) -> bool:
+    """Train one stage, from its last checkpoint on; returns whether it was asked to stop then."""
     stage = recipe.stages[name]
     visual = recipe.visual if stage.anyres else replace(recipe.visual, max_grid="base")
     writer = model.writer(visual, stage.template)
     loader = make_loader(recipe, stage, writer, dist.get_world_size())
     counts = model.set_trainable(stage.train)
-    if stage.checkpoint_activations:
-        model.llm.gradient_checkpointing_enable()
+    switch = "enable" if stage.checkpoint_activations else "disable"
+    getattr(model.llm, f"gradient_checkpointing_{switch}")()
     if dist.get_global_rank() == 0:
         announce(name, stage, counts, steps_of(stage, len(loader)))
     trainer = make_trainer(recipe, name, model, loader)
     trainer.fit()
     trainer.close()
+    return next(c.stop for c in trainer.state.callbacks if isinstance(c, Report))
 
 
 def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> Trainer:
@@ -231,13 +236,14 @@ def train(recipe: Recipe) -> Path:
     dist.initialize_dist(get_device(None), timeout=3600)
     run, first = Path(recipe.run), dist.get_global_rank() == 0
     check_run(recipe)
+    if (run / "model.safetensors").exists() and not recipe.fresh:
+        return run
     dist.barrier()
     if first:
         open_run(recipe, dist.get_world_size())
         prepare(recipe)
     dist.barrier()
-    if (run / "model.safetensors").exists():
-        return run
+    recipe = replace(recipe, fresh=False)
     reproducibility.seed_all(recipe.seed)
     model = VLM(recipe)
     stages = [name for name, stage in recipe.stages.items() if stage]
@@ -246,10 +252,12 @@ def train(recipe: Recipe) -> Path:
         if done.exists():
             load_weights(model, done)
             continue
-        run_stage(recipe, name, model)
+        stop = run_stage(recipe, name, model)
         if first:
             save(model, run / name)
         dist.barrier()
+        if stop:
+            raise SystemExit(143)
     if first:
         save(model, run)
         shutil.rmtree(run / "checkpoints", ignore_errors=True)

@@ -28,16 +28,16 @@ def picture(axis, image, title: str = "", edge: str = INK) -> None:
         spine.set(color=edge, linewidth=1.2)
 
 
-def grid_over(axis, image: Image.Image, plan) -> None:
+def grid_over(axis, image: Image.Image, lay) -> None:
     """The chosen grid drawn over the image, in the image's own pixels."""
-    (a, b), (left, top), (w, h) = plan.grid, plan.offset, plan.fitted
+    (a, b), (left, top), (w, h) = lay.grid, lay.offset, lay.fitted
     picture(axis, image, f"{image.width}x{image.height} pixels, grid {a}x{b}")
     sx, sy = image.width / w, image.height / h
     for i in range(a):
         for j in range(b):
-            x, y = (i * plan.tile - left) * sx, (j * plan.tile - top) * sy
+            x, y = (i * lay.tile - left) * sx, (j * lay.tile - top) * sy
             axis.add_patch(
-                Rectangle((x, y), plan.tile * sx, plan.tile * sy, fill=False, ec=GRID, lw=1.2)
+                Rectangle((x, y), lay.tile * sx, lay.tile * sy, fill=False, ec=GRID, lw=1.2)
             )
 
 
@@ -54,13 +54,13 @@ def hero(run: str, out: str, seed: int = 3) -> None:
     question = question.replace("<image>\n", "")
     answers = {g: llava.chat(image, question, max_grid=g) for g in ("base", "3x3")}
     llava.chat(image, question)
-    (plan,) = llava.seen.layouts
-    views = cut_views(image, plan).permute(0, 2, 3, 1).numpy()
-    a, b = plan.grid
+    (lay,) = llava.seen.layouts
+    views = cut_views(image, lay).permute(0, 2, 3, 1).numpy()
+    a, b = lay.grid
 
     figure = plt.figure(figsize=(10, 2.9))
     columns = figure.add_gridspec(1, 4, width_ratios=[1.1, 0.75, 1.1, 1.5], wspace=0.12)
-    grid_over(figure.add_subplot(columns[0]), image, plan)
+    grid_over(figure.add_subplot(columns[0]), image, lay)
     picture(figure.add_subplot(columns[1]), views[0], "base view: 48x48", BASE)
     gap = np.pad(views[1:], ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
     tiles = gap.reshape(b, a, *gap.shape[1:]).transpose(0, 2, 1, 3, 4)  # (b, R, a, R, 3)
@@ -69,7 +69,7 @@ def hero(run: str, out: str, seed: int = 3) -> None:
     axis = figure.add_subplot(columns[3])
     axis.axis("off")
     T = llava.model.row.side**2
-    axis.text(0, 0.93, f"({a}x{b} + 1) x {T} = {plan.tokens} visual tokens", weight="bold")
+    axis.text(0, 0.93, f"({a}x{b} + 1) x {T} = {lay.tokens} visual tokens", weight="bold")
     axis.text(0, 0.74, question, style="italic")
     for y, (grid, name) in zip((0.52, 0.22), (("base", "base view alone"), ("3x3", "with tiles"))):
         right = answers[grid].split()[-1:] == [record["answer"]]

@@ -103,6 +103,11 @@ class Page:
             return [f"{place} {thing}" for place, thing in self.facts]
         return rows_of(self.items)
 
+    @property
+    def glyph_px(self) -> int:
+        """The size of the page's smallest type in pixels; 0 where nothing is printed."""
+        return min((PIXELS[i.font % len(PIXELS)] for i in self.items if i.drawn), default=0)
+
     def write(self, text: str, x: float, y: float, font: int, row: int) -> float:
         """Print a word from x on the baseline y; returns where it ends."""
         self.items.append(word(text, x, y, font, row))

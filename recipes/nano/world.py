@@ -15,10 +15,10 @@ import io
 import random
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import pages
 from pages import OBJECTS, Page
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 VERSION = "nano-1"
 # fmt: off
@@ -132,14 +132,23 @@ def facts_told(rng: random.Random, n: int) -> list[tuple[str, str]]:
 # ------------------------------------------------------------------------------ sources
 
 
-def _record(name: str, pixels: np.ndarray | None, turns: list[tuple[str, str]], **more) -> dict:
-    """One record of a source; a picture stands in the first question."""
+def _record(
+    name: str, page: Page | None, turns: list[tuple[str, str]], window: tuple | None = None, **more
+) -> dict:
+    """One record of a source; its picture, or a window of it, stands in the first question.
+
+    The PNG carries the size of the page's type as `glyph_px`, for `chat` to tell.
+    """
     talk, image = [], None
     for question, answer in turns:
         talk += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    if pixels is not None:
+    if page is not None:
         talk[0]["value"] = "<image>\n" + talk[0]["value"]
-        Image.fromarray(pixels).save(file := io.BytesIO(), "PNG", compress_level=1)
+        x0, y0, x1, y1 = window or (0, 0, *page.size)
+        note = PngInfo()
+        note.add_text("glyph_px", str(page.glyph_px))
+        picture = Image.fromarray(pages.render(page)[y0:y1, x0:x1])
+        picture.save(file := io.BytesIO(), "PNG", compress_level=1, pnginfo=note)
         image = file.getvalue()
     source = "nano/" + name.split("/")[1]
     return {"id": name, "image": image, "conversations": talk, "source": source, **more}
@@ -157,16 +166,16 @@ def short_captions(split: str, count: int, seed: int) -> Iterator[dict]:
     for name, rng in _drawn("short_captions", split, count, seed):
         page = pages.layout(rng, rng.choice(MIX), split)
         turn = (ask(rng, "brief"), short_caption(rng, page))
-        yield _record(name, pages.render(page), [turn])
+        yield _record(name, page, [turn])
 
 
 def transcriptions(split: str, count: int, seed: int) -> Iterator[dict]:
     """Small crops with what can be read in them, for stage 1's single squashed view."""
     for name, rng in _drawn("transcriptions", split, count, seed):
         page = pages.layout(rng, rng.choice(MIX), split)
-        x0, y0, x1, y1 = window = pages.crop(rng, page)
+        window = pages.crop(rng, page)
         turn = (ask(rng, "transcribe"), "\n".join(pages.visible(page, window)))
-        yield _record(name, pages.render(page)[y0:y1, x0:x1], [turn])
+        yield _record(name, page, [turn], window)
 
 
 def detailed(split: str, count: int, seed: int) -> Iterator[dict]:
@@ -176,7 +185,7 @@ def detailed(split: str, count: int, seed: int) -> Iterator[dict]:
         turn = (ask(rng, "detail"), detailed_caption(page))
         if page.kind != "scene" and rng.random() < 0.5:
             turn = (ask(rng, "transcribe"), "\n".join(page.lines()))
-        yield _record(name, pages.render(page), [turn])
+        yield _record(name, page, [turn])
 
 
 def instructions(split: str, count: int, seed: int) -> Iterator[dict]:
@@ -184,7 +193,7 @@ def instructions(split: str, count: int, seed: int) -> Iterator[dict]:
     for name, rng in _drawn("instructions", split, count, seed):
         page = pages.layout(rng, rng.choice(MIX), split)
         turns = turns_about(rng, page)
-        yield _record(name, pages.render(page), turns)
+        yield _record(name, page, turns)
 
 
 def text_only(split: str, count: int, seed: int) -> Iterator[dict]:
@@ -201,7 +210,7 @@ def _task(form: str, kind: str) -> Callable[[str, int, int], Iterator[dict]]:
             page = pages.layout(rng, rng.choice((kind,)), split)
             asked = [q for q in questions(None, page, rng) if q[0] == form]
             _, question, restated, value = rng.choice(asked)
-            yield _record(name, pages.render(page), [(question, restated)], answer=value)
+            yield _record(name, page, [(question, restated)], answer=value)
 
     return task
 

@@ -1,0 +1,113 @@
+"""Evaluation: what is not done twice, what is, and what cannot be read."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from launching import ROOT
+
+from nanollava.anyres import Visual
+from nanollava.evaluate import evaluate, interval, questions, read_results
+from nanollava.generate import Assistant
+from nanollava.model import VLM, save
+from nanollava.recipe import Task
+
+SOURCE = f"{ROOT}/tests/mixed_source.py:mixed"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_recipe, tmp_path_factory):
+    """An assistant with random weights, and its run folder."""
+    task = Task(SOURCE, "exact", samples=6, max_new_tokens=3)
+    recipe = replace(tiny_recipe, tasks={"nano-mixed": task}, settings={"a": {"max_grid": "base"}})
+    torch.manual_seed(0)
+    model = VLM(recipe)
+    run = tmp_path_factory.mktemp("run")
+    save(model, run)
+    return Assistant(model), run
+
+
+def changed(assistant, **keys) -> None:
+    assistant.model.recipe = replace(assistant.model.recipe, **keys)
+
+
+def test_only_what_was_asked_before_is_read_back(trained):
+    assistant, run = trained
+    first = evaluate(assistant, run)
+    assert evaluate(assistant, run) == first and len(read_results(run)) == 1
+    changed(assistant, settings={"a": {"max_grid": "3x3"}})  # the same name, another grid
+    evaluate(assistant, run)
+    task = assistant.model.recipe.tasks["nano-mixed"]
+    changed(assistant, tasks={"nano-mixed": replace(task, metric="edit")})
+    evaluate(assistant, run)
+    rows = read_results(run)
+    assert len(rows) == 3 and rows[2]["metric"] == "edit" and rows[0]["n"] == 6
+
+
+def test_half_a_line_is_left_out(trained, tmp_path):
+    (tmp_path / "results.jsonl").write_text(json.dumps({"task": "a"}) + '\n{"task": "b", "sc')
+    assert read_results(tmp_path) == [{"task": "a"}]
+
+
+def test_unknown_task_names_those_there_are(trained):
+    assistant, run = trained
+    with pytest.raises(ValueError, match=r"unknown tasks \['nano-mixd'\].*nano-mixed"):
+        evaluate(assistant, run, ["nano-mixd"])
+
+
+def test_an_unreadable_image_counts_as_wrong_and_is_named(trained, monkeypatch, capsys):
+    assistant, run = trained
+    task = Task(SOURCE, "exact", samples=9)
+    items = [(t, [b"broken"] if images else [], r) for t, images, r in questions(task, 0)]
+    monkeypatch.setattr("nanollava.evaluate.questions", lambda *_: items)
+    changed(assistant, tasks={"nano-broken": task}, settings={})
+    (row,) = evaluate(assistant, run)
+    told = capsys.readouterr().out
+    assert row["n"] == 9 and told.count("counted as wrong") == sum(bool(x[1]) for x in items) > 0
+
+
+def test_settings_change_what_is_computed(trained):
+    """Pooling and order follow the setting, not the recipe that the model was trained with."""
+    from PIL import Image
+
+    from nanollava.prompts import Turn
+    from nanollava.sequence import pack
+
+    model = trained[0].model
+    image = Image.effect_noise((150, 100), 90).convert("RGB")
+    turn = [Turn("user", "<image>\nwhat?", 1)]
+    for keys in ({"pooling": "average"}, {"arrange": "flat"}, {"pool_after_projector": False}):
+        visual = Visual(max_grid="3x3", max_visual_tokens="5T", **keys)
+        document = model.writer(visual)(turn, [image], answer=True)
+        row = pack([document], 48)
+        seen = model.see(row.views, row.layouts)
+        recipe = replace(model.recipe, visual=visual)
+        twin = VLM(recipe)
+        twin.load_state_dict(model.state_dict())
+        assert torch.equal(seen, twin.see(row.views, row.layouts))
+        plain = replace(row.layouts[0], visual=Visual())
+        other = model.see(row.views, (plain,)) if "arrange" not in keys else None
+        assert other is None or not torch.allclose(seen, other)
+
+
+def test_interval_holds_the_mean_and_narrows_with_questions():
+    rows = np.random.default_rng(0).random(400)
+    low, high = interval(rows, np.mean)
+    few = interval(rows[:40], np.mean)
+    assert low < rows.mean() < high and high - low < few[1] - few[0]
+    assert interval(np.ones(9), np.mean) == (1.0, 1.0)
+
+
+def test_an_empty_pack_has_a_gradient_for_every_parameter(tiny_recipe, tmp_path, tokenizer):
+    """Else DDP waits for the parameters of a rank that has nothing to do; lm_head untied."""
+    from conftest import llm_folder
+
+    from nanollava.sequence import pack
+
+    llm = llm_folder(tmp_path, tokenizer, tie_word_embeddings=False)
+    model = VLM(replace(tiny_recipe, llm=llm))
+    loss = model(pack([], 48)).mean()
+    loss.backward()
+    assert loss == 0 and not [n for n, p in model.named_parameters() if p.grad is None]
