@@ -79,6 +79,17 @@ def interval(rows: np.ndarray, total: Any, seed: int = 0) -> tuple[float, float]
     return float(found.low), float(found.high)
 
 
+def chance(references: Sequence[str], metric: str) -> float:
+    """What a guesser gets who knows all the answers, but not which belongs to which question."""
+    score, total = METRICS[metric]
+    draw, rounds = np.random.default_rng(0), []
+    for _ in range(10):
+        guesses = draw.permutation(references)
+        pairs = zip(map(str, guesses), references, strict=True)
+        rounds.append(total(np.array([score(p, r) for p, r in pairs], dtype=float)))
+    return float(np.mean(rounds))
+
+
 def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict[str, Any] | None:
     """One task at one setting -> its result row (None on all processes but the first)."""
     recipe: Recipe = assistant.model.recipe
@@ -100,6 +111,7 @@ def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict
     return {
         "task": name, "metric": task.metric, "score": round(float(total(rows)), 4),
         "low": round(low, 4), "high": round(high, 4), "n": len(pairs),
+        "chance": round(chance([r for _, r in pairs], task.metric), 4),
         "seconds": round(time.perf_counter() - start, 2),
     }  # fmt: skip
 
@@ -145,6 +157,7 @@ def show(rows: Sequence[dict], console: Console | None = None) -> None:
     table = Table(title="score in %, with its 95% interval over questions")
     table.add_column("task")
     table.add_column("metric")
+    table.add_column("chance", justify="right")
     for setting in settings:
         table.add_column(setting, justify="right")
     for name in dict.fromkeys(row["task"] for row in rows):
@@ -153,5 +166,6 @@ def show(rows: Sequence[dict], console: Console | None = None) -> None:
             "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * mine[s][k] for k in ("score", "low", "high")))
             if s in mine else "" for s in settings
         ]  # fmt: skip
-        table.add_row(name, next(iter(mine.values()))["metric"], *cells)
+        any_row = next(iter(mine.values()))
+        table.add_row(name, any_row["metric"], f"{100 * any_row['chance']:.1f}", *cells)
     (console or Console()).print(table)

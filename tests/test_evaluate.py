@@ -9,7 +9,7 @@ import torch
 from launching import ROOT
 
 from nanollava.anyres import Visual
-from nanollava.evaluate import evaluate, interval, questions, read_results
+from nanollava.evaluate import chance, evaluate, interval, questions, read_results
 from nanollava.generate import Assistant
 from nanollava.model import VLM, save
 from nanollava.recipe import Task
@@ -111,3 +111,9 @@ def test_an_empty_pack_has_a_gradient_for_every_parameter(tiny_recipe, tmp_path,
     loss = model(pack([], 48)).mean()
     loss.backward()
     assert loss == 0 and not [n for n, p in model.named_parameters() if p.grad is None]
+
+
+def test_chance_is_what_shuffled_answers_score():
+    """Four equally frequent letters: one in four; one answer to everything: always right."""
+    assert abs(chance(list("ABCD") * 100, "exact") - 0.25) < 0.03
+    assert chance(["yes"] * 5, "exact") == 1.0
