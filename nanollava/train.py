@@ -74,6 +74,7 @@ def splitter(tile: int) -> Callable[[list[Document], int], list[Pack]]:
     def split_batch(documents: list[Document], budget: int) -> list[Pack]:
         packs = split(documents, budget)
         most = int(over_processes(torch.tensor(len(packs)), "MAX"))
+        # A process that has run out of documents still takes part in every reduction.
         packs += [[] for _ in range(most - len(packs))]
         return [pack(documents, tile) for documents in packs]
 
@@ -105,6 +106,7 @@ class Report(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         student = state.model.module if dist.get_world_size() > 1 else state.model
         stop = torch.tensor([[float(self.asked), 0]], dtype=torch.float64)
+        # Sums travel, not means: a process may hold none of a source, or very little.
         table = torch.cat([student.table, student.table.sum(0, keepdim=True), stop])
         *rows, (stop, _) = over_processes(table, "SUM").tolist()
         student.table.zero_()
@@ -170,6 +172,7 @@ def run_stage(recipe: Recipe, name: str, model: VLM) -> bool:
     visual = recipe.visual if stage.anyres else replace(recipe.visual, max_grid="base")
     writer = model.writer(visual, stage.template)
     loader = make_loader(recipe, stage, writer, dist.get_world_size())
+    # Before the trainer is made: DDP expects a gradient of all that requires one at that moment.
     counts = model.set_trainable(stage.train)
     switch = "enable" if stage.checkpoint_activations else "disable"
     getattr(model.llm, f"gradient_checkpointing_{switch}")()
@@ -193,6 +196,7 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> T
         get_num_tokens_in_batch=count_tokens,
         microbatch_transforms=lambda pack: pack.to(model.newline.device),
     )
+    # Composer passes the microbatch size on as it stands, so ours can be a budget of tokens.
     rates = (stage.lr, stage.vision_lr, stage.projector_lr or stage.lr, stage.weight_decay)
     return Trainer(
         model=Student(model, stage),
@@ -203,7 +207,7 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> T
         callbacks=[report, SpeedMonitor(window_size=10)],
         max_duration=f"{steps}ba",
         device_train_microbatch_size=stage.microbatch_tokens,
-        accumulate_train_batch_on_tokens=True,
+        accumulate_train_batch_on_tokens=True,  # else uneven packs are averaged as if even
         precision="fp32",  # the model's own autocast computes in bf16, on the CPU too
         seed=recipe.seed,
         device="gpu" if torch.cuda.is_available() else "cpu",

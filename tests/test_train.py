@@ -7,13 +7,17 @@ import socket
 import time
 
 import pytest
+import torch
 from launching import command, finish, losses, start, write_recipe
 from PIL import Image
 from safetensors.torch import load_file
 from streaming.base.constant import BARRIER_FILELOCK
 
 from nanollava.__main__ import run as commands
+from nanollava.model import VLM
+from nanollava.prompts import Turn
 from nanollava.recipe import read_recipe
+from nanollava.sequence import pack
 from nanollava.train import train
 
 
@@ -177,3 +181,22 @@ def test_bad_input_is_one_line(tiny, tmp_path, capsys, words, told):
     with pytest.raises(SystemExit) as stopped:
         commands([word.format(run=run, red=red) for word in words])
     assert told in str(stopped.value)
+
+
+def test_recomputed_activations_give_the_same_gradients(tiny_recipe):
+    """checkpoint_activations trades time for memory and changes nothing else."""
+    torch.manual_seed(0)
+    model = VLM(tiny_recipe).train()
+    image = Image.effect_noise((150, 100), 90).convert("RGB")
+    turns = [Turn("user", "<image>\nwhat?", 1), Turn("assistant", "tax 305")]
+    row = pack([model.writer()(turns, [image])] * 2, 48)
+    found = []
+    for switch in (
+        model.llm.gradient_checkpointing_enable,
+        model.llm.gradient_checkpointing_disable,
+    ):
+        switch()
+        model.zero_grad()
+        model(row).mean().backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
