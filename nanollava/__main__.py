@@ -8,7 +8,7 @@ from typing import Annotated
 import click
 import typer
 
-from nanollava.recipe import read_recipe
+from nanollava.recipe import Recipe, read_recipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 RecipeFile = Annotated[str, typer.Argument(help="A recipe, e.g. recipes/nano.yaml")]
@@ -28,9 +28,11 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from nanollava.train import train as run_stages
 
     run = run_stages(keys)
-    if keys.tasks:
-        score(run, [], 0, keys)
-    typer.echo(f'\nNext: python -m nanollava chat {run} IMAGE "what does it say?"')
+    if any(keys.tasks.values()) and score(run, [], 0, keys):
+        from nanollava.evaluate import save_sample
+
+        image, question = save_sample(keys, run)
+        typer.echo(f'\nNext: python -m nanollava chat {run} {image} "{question}"')
 
 
 @app.command()
@@ -47,8 +49,8 @@ def evaluate(run: Run, task: list[str] | None = None, limit: int = 0) -> None:
     score(run, task or [], limit)
 
 
-def score(run: Path, tasks: list[str], limit: int, keys=None) -> None:
-    """Evaluate and print the table (first process only)."""
+def score(run: Path, tasks: list[str], limit: int, keys: Recipe | None = None) -> bool:
+    """Evaluate and print the table; returns whether this is the first process, which does that."""
     from dataclasses import replace
 
     import torch.distributed as dist
@@ -62,8 +64,10 @@ def score(run: Path, tasks: list[str], limit: int, keys=None) -> None:
         recipe = replace(assistant.model.recipe, tasks=keys.tasks, settings=keys.settings)
         assistant.model.recipe = recipe
     rows = answer(assistant, run, tasks, limit)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
         show(rows)
+    return first
 
 
 @app.command()

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from nanollava.anyres import Visual, open_image
 from nanollava.metrics import METRICS
-from nanollava.prompts import Turn, read_turns
+from nanollava.prompts import PLACEHOLDER, Turn, read_turns
 from nanollava.recipe import Recipe, Task, with_visual
 from nanollava.sequence import Document, Writer
 from nanollava.sources import Source, images_of, records
@@ -149,6 +149,18 @@ def read_results(run: Path) -> list[dict]:
     file = run / "results.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def save_sample(recipe: Recipe, run: str | Path) -> tuple[Path, str]:
+    """Write the first task's first image into the run folder; returns its path and its question."""
+    task = next(task for task in recipe.tasks.values() if task)
+    shown = [item for item in questions(task, recipe.seed) if item[1]]
+    file = Path(run) / "sample.png"
+    if not shown:
+        return Path("IMAGE"), "what is it?"
+    turns, images, _ = shown[0]
+    file.write_bytes(images[0])
+    return file, turns[-1].text.replace(PLACEHOLDER, "").strip()
 
 
 def show(rows: Sequence[dict], console: Console | None = None) -> None:
