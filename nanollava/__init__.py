@@ -9,8 +9,11 @@ the base view; T tokens per view, L per image, tau the budget.
 
 def main(recipe: str) -> None:
     """What a recipe calls when it is launched: `composer recipes/nano.yaml key=value ...`."""
+    import os
     import sys
 
+    if os.environ.get("RANK", "0") == "0":
+        print("nanollava: loading torch and Composer, about ten seconds ...", flush=True)
     from nanollava.__main__ import run
 
     run(["train", recipe, *sys.argv[1:]])
