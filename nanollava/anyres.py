@@ -101,7 +101,7 @@ def parse_grids(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def parse_budget(text: str, T: int) -> int:
-    """'5T' or '(4+1)T' -> 5 T; a plain number stays as it is."""
+    """tau in tokens: '5T' or '(4+1)T' -> 5 T, a plain number as it is; else ValueError."""
     match = re.fullmatch(r"(?:(\d+)|\((\d+)\+1\))T|(\d+)", text.replace("*", ""))
     if not match:
         raise ValueError(f"max_visual_tokens {text!r}: write '5T', '(4+1)T' or a number of tokens")
@@ -109,7 +109,9 @@ def parse_budget(text: str, T: int) -> int:
     return int(plain) if plain else T * (int(times) if times else int(tiles) + 1)
 
 
-def best_grid(size: tuple[int, int], tile: int, grids: tuple[tuple[int, int], ...]):
+def best_grid(
+    size: tuple[int, int], tile: int, grids: tuple[tuple[int, int], ...]
+) -> tuple[int, int]:
     """The grid that keeps the most pixels of the image, then the one that wastes the fewest.
 
     The first of equals wins, in integers: the image fits by its width when w H <= h W.

@@ -32,8 +32,8 @@ class Cache:
         self.room, self.used = list(room), [0] * len(room)
         self.buffers: dict[int, list[Tensor]] = {}  # layer -> per document (2, H, room, d)
 
-    def extend(self, layer: int, key: Tensor, value: Tensor, lengths: list[int]):
-        """Append (H, S, d) of packed documents; returns each one's keys and values so far."""
+    def extend(self, layer: int, key: Tensor, value: Tensor, lengths: list[int]) -> list[Tensor]:
+        """Append (H, S, d) of packed documents; returns each one's (2, H, length, d) so far."""
         if layer not in self.buffers:
             H, _, d = key.shape
             self.buffers[layer] = [key.new_empty(2, H, n, d) for n in self.room]

@@ -6,8 +6,9 @@ turn. What a user types is tokenised with special tokens switched off, so it alw
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 IMAGE, IGNORE = -200, -100  # an image's place among the ids; a label that is not learned
 PLACEHOLDER = "<image>"
@@ -85,8 +86,10 @@ def read_turns(conversations: Sequence[dict], images: int) -> list[Turn]:
     return turns
 
 
-def _pieces(turns: Sequence[Turn], template: Template, answer: bool):
-    """Yield (text or None for an image, learned?, special tokens allowed?)."""
+def _pieces(
+    turns: Sequence[Turn], template: Template, answer: bool
+) -> Iterator[tuple[str | None, bool, bool]]:
+    """Yield (text, or None for an image; is it learned?; may it hold special tokens?)."""
     yield template.start, False, True
     head = template.assistant.rstrip(" ")  # its space begins the answer's first token: learned
     for turn in turns:
@@ -107,7 +110,7 @@ def _pieces(turns: Sequence[Turn], template: Template, answer: bool):
         yield head, False, True
 
 
-def _runs(pieces: Iterable[tuple], specials: Sequence[str]):
+def _runs(pieces: Iterable[tuple], specials: Sequence[str]) -> Iterator[tuple]:
     """Merge the text between special tokens and images.
 
     Yield (text, learned? of each character, False), or (special token or None, learned?, True).
@@ -127,7 +130,11 @@ def _runs(pieces: Iterable[tuple], specials: Sequence[str]):
 
 
 def encode(
-    tokenizer, turns: Sequence[Turn], template: str, label_mask: str = "answers", answer=False
+    tokenizer: Any,
+    turns: Sequence[Turn],
+    template: str,
+    label_mask: str = "answers",
+    answer: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Turns -> ids and labels of equal length; each image is one IMAGE id.
 
@@ -152,7 +159,7 @@ def encode(
     return ids, _released(tokenizer, ids, labels, form) if label_mask == "released" else labels
 
 
-def _released(tokenizer, ids: list[int], labels: list[int], form: Template) -> list[int]:
+def _released(tokenizer: Any, ids: list[int], labels: list[int], form: Template) -> list[int]:
     """The released code's mask for ChatML: headers of answers, and im_start, im_end and newlines
     everywhere, user turns included. Kept to show what it costs.
     """
@@ -170,7 +177,7 @@ def _released(tokenizer, ids: list[int], labels: list[int], form: Template) -> l
     return out
 
 
-def stop_ids(tokenizer, template: str) -> list[int]:
+def stop_ids(tokenizer: Any, template: str) -> list[int]:
     """The ids that end an answer."""
     form = TEMPLATES[template]
     if form.end in form.specials:

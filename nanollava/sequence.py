@@ -63,12 +63,14 @@ class Pack:
         }
         return replace(self, **moved)
 
-    def __deepcopy__(self, memo) -> "Pack":
+    def __deepcopy__(self, memo: dict) -> "Pack":
         """Frozen, so a copy is itself: Composer copies every microbatch (40 ms of tiles a step)."""
         return self
 
 
-def expand(ids: Sequence[int], labels: Sequence[int], layouts: Sequence[Layout]):
+def expand(
+    ids: Sequence[int], labels: Sequence[int], layouts: Sequence[Layout]
+) -> tuple[Tensor, Tensor]:
     """Replace each IMAGE id by as many as its image has positions; int64[S] ids and labels."""
     assert sum(i == IMAGE for i in ids) == len(layouts), (ids.count(IMAGE), len(layouts))
     long_ids, long_labels, each = [], [], iter(layouts)
@@ -97,7 +99,12 @@ class Writer:
         return tuple(layout(image.size, alone, self.tile, self.side) for image in images)
 
     def __call__(
-        self, turns: Sequence[Turn], images: Sequence[Image], name="", source="", answer=False
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[Image],
+        name: str = "",
+        source: str = "",
+        answer: bool = False,
     ) -> Document:
         """A document; with `answer` it ends where an answer begins, for generation.
 
