@@ -8,17 +8,19 @@ import time
 
 import pytest
 import torch
+from composer.loggers import InMemoryLogger
 from launching import command, finish, losses, start, write_recipe
 from PIL import Image
 from safetensors.torch import load_file
 from streaming.base.constant import BARRIER_FILELOCK
+from torch.utils.data import DataLoader
 
 from nanollava.__main__ import run as commands
 from nanollava.model import VLM
 from nanollava.prompts import Turn
 from nanollava.recipe import read_recipe
 from nanollava.sequence import pack
-from nanollava.train import train
+from nanollava.train import make_trainer, train
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +203,22 @@ def test_recomputed_activations_give_the_same_gradients(tiny_recipe):
         model(row).mean().backward()
         found.append({n: p.grad.clone() for n, p in model.named_parameters()})
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+
+
+def test_speed_monitor_sees_the_useful_flops(tiny, tmp_path):
+    """flops per second = flops_per_batch x batches per second, as Composer logs them."""
+    recipe = read_recipe(tiny[0], [f"run={tmp_path}", "stages.stage2.duration=1ep"])
+    model = VLM(recipe)
+    turns = [Turn("user", "<image>\nwhat?", 1), Turn("assistant", "tax 305")]
+    image = Image.new("RGB", (144, 144))
+    documents = [model.writer()(turns, [image], source="mixed")] * 48
+    loader = DataLoader(documents, batch_size=4, collate_fn=list)
+    trainer, log = make_trainer(recipe, "stage2", model, loader), InMemoryLogger()
+    log.init(trainer.state, trainer.logger)
+    trainer.logger.destinations = (log,)
+    trainer.fit()
+    flops, batches = (
+        log.data[f"throughput/{name}_per_sec"][-1][1] for name in ("flops", "batches")
+    )
+    student = trainer.state.model
+    assert flops / batches == pytest.approx(student.flops_per_batch(documents[:4]), rel=1e-6)
