@@ -221,4 +221,5 @@ def test_speed_monitor_sees_the_useful_flops(tiny, tmp_path):
         log.data[f"throughput/{name}_per_sec"][-1][1] for name in ("flops", "batches")
     )
     student = trainer.state.model
+    trainer.close()
     assert flops / batches == pytest.approx(student.flops_per_batch(documents[:4]), rel=1e-6)
