@@ -28,11 +28,8 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from nanollava.train import train as run_stages
 
     run = run_stages(keys)
-    if any(keys.tasks.values()) and score(run, [], 0, keys):
-        from nanollava.evaluate import save_sample
-
-        image, question = save_sample(keys, run)
-        typer.echo(f'\nNext: python -m nanollava chat {run} {image} "{question}"')
+    if any(keys.tasks.values()):
+        score(run, [], 0, keys)
 
 
 @app.command()
@@ -49,14 +46,14 @@ def evaluate(run: Run, task: list[str] | None = None, limit: int = 0) -> None:
     score(run, task or [], limit)
 
 
-def score(run: Path, tasks: list[str], limit: int, keys: Recipe | None = None) -> bool:
-    """Evaluate and print the table; returns whether this is the first process, which does that."""
+def score(run: Path, tasks: list[str], limit: int, keys: Recipe | None = None) -> None:
+    """Evaluate; the first process prints the table and, after training, what to type next."""
     from dataclasses import replace
 
     import torch.distributed as dist
 
     from nanollava.evaluate import evaluate as answer
-    from nanollava.evaluate import show
+    from nanollava.evaluate import save_sample, show
     from nanollava.generate import load
 
     assistant = load(run)
@@ -64,10 +61,10 @@ def score(run: Path, tasks: list[str], limit: int, keys: Recipe | None = None) -
         recipe = replace(assistant.model.recipe, tasks=keys.tasks, settings=keys.settings)
         assistant.model.recipe = recipe
     rows = answer(assistant, run, tasks, limit)
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if first:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         show(rows)
-    return first
+        if keys is not None:
+            typer.echo(f"\nNext: {save_sample(assistant, run)}")
 
 
 @app.command()

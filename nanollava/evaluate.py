@@ -82,8 +82,8 @@ def interval(rows: np.ndarray, total: Any, seed: int = 0) -> tuple[float, float]
 def chance(references: Sequence[str], metric: str) -> float:
     """What a guesser gets who knows all the answers, but not which belongs to which question."""
     score, total = METRICS[metric]
-    draw, rounds = np.random.default_rng(0), []
-    for _ in range(10):
+    draw, rounds, references = np.random.default_rng(0), [], sorted(references)
+    for _ in range(100):
         guesses = draw.permutation(references)
         pairs = zip(map(str, guesses), references, strict=True)
         rounds.append(total(np.array([score(p, r) for p, r in pairs], dtype=float)))
@@ -97,12 +97,13 @@ def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict
     start, items = time.perf_counter(), questions(task, recipe.seed)
     mine = items[rank::world]
     writer = assistant.model.writer(visual)
-    answers = answer_all(assistant, writer, mine, task.max_new_tokens, name)
+    title = f"{name}, grid {visual.max_grid}"
+    answers = answer_all(assistant, writer, mine, task.max_new_tokens, title)
     pairs = [(text, item[2]) for text, item in zip(answers, mine, strict=True)]
     if world > 1:
         shares: list = [None] * world
         dist.all_gather_object(shares, pairs)
-        pairs = [pair for share in shares for pair in share]
+        pairs = [shares[i % world][i // world] for i in range(len(items))]  # as they were asked
     if rank:
         return None
     score, total = METRICS[task.metric]
@@ -151,16 +152,23 @@ def read_results(run: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
-def save_sample(recipe: Recipe, run: str | Path) -> tuple[Path, str]:
-    """Write the first task's first image into the run folder; returns its path and its question."""
+def save_sample(assistant: Any, run: str | Path) -> str:
+    """Write an image of the first task, one that is answered right if there is one soon, into the
+    run folder; returns the command that asks about it.
+    """
+    recipe, file = assistant.model.recipe, Path(run) / "sample.png"
     task = next(task for task in recipe.tasks.values() if task)
-    shown = [item for item in questions(task, recipe.seed) if item[1]]
-    file = Path(run) / "sample.png"
-    if not shown:
-        return Path("IMAGE"), "what is it?"
-    turns, images, _ = shown[0]
-    file.write_bytes(images[0])
-    return file, turns[-1].text.replace(PLACEHOLDER, "").strip()
+    score, total = METRICS[task.metric]
+    told = f"python -m nanollava chat {run} IMAGE QUESTION"
+    for turns, images, reference in questions(task, recipe.seed)[:20]:
+        if images:
+            question = turns[-1].text.replace(PLACEHOLDER, "").strip()
+            answer = assistant.chat(images[0], question, max_new_tokens=task.max_new_tokens)
+            file.write_bytes(images[0])
+            told = f'python -m nanollava chat {run} {file} "{question}"  # true: {reference}'
+            if total(np.array([score(answer, reference)], dtype=float)) == 1:
+                break
+    return told
 
 
 def show(rows: Sequence[dict], console: Console | None = None) -> None:

@@ -7,7 +7,7 @@ with ./ or ../ and are relative to the recipe; outputs go below the folder you a
 """
 
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,12 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None, **changes:
         )  # fmt: skip
         recipe = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {error}") from error
+        known = (
+            ""
+            if "Did you mean" in str(error) or not is_dataclass(error.object_type)
+            else (f"\n    known keys: {', '.join(f.name for f in fields(error.object_type))}")
+        )
+        raise ValueError(f"{path}: {error}{known}") from error
     for changes in recipe.settings.values():
         with_visual(recipe, changes)
     return check(recipe)

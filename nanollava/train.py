@@ -5,6 +5,7 @@ next stage, `evaluate`, `chat` and the demo can load. The loss is the mean over 
 tokens of the whole batch, over all microbatches and processes. The same recipe again resumes.
 """
 
+import os
 import shutil
 import signal
 import time
@@ -158,10 +159,11 @@ def steps_of(stage: Stage, batches: int) -> int:
 def announce(name: str, stage: Stage, counts: dict[str, int], steps: int) -> None:
     """Print what a stage trains and what it freezes."""
     train = ", ".join(f"{part} {n:,}" for part, n in counts.items() if n)
+    vision = f", vision {stage.vision_lr:g}" if counts["encoder"] else ""
     frozen = ", ".join(part for part, n in counts.items() if not n) or "nothing"
     mix = ", ".join(f"{source} x {times:g}" for source, times in stage.sources.items() if times)
     print(
-        f"\n{name}: trains {train} parameters (lr {stage.lr:g}, vision {stage.vision_lr:g}); "
+        f"\n{name}: trains {train} parameters (lr {stage.lr:g}{vision}); "
         f"frozen: {frozen}\n  {steps:,} steps of {stage.batch_size} samples: {mix}"
     )
 
@@ -241,7 +243,11 @@ def train(recipe: Recipe) -> Path:
     run, first = Path(recipe.run), dist.get_global_rank() == 0
     check_run(recipe)
     if (run / "model.safetensors").exists() and not recipe.fresh:
+        if first:
+            print(f"{run} is already trained; fresh=true starts anew")
         return run
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() // dist.get_local_world_size()))
     dist.barrier()
     if first:
         open_run(recipe, dist.get_world_size())
