@@ -36,8 +36,8 @@ def shard_folder(recipe: Recipe, name: str) -> Path:
     return Path(recipe.data) / f"{name}-{hashlib.sha256(key.encode() + content).hexdigest()[:10]}"
 
 
-def usable(source: Source, seed: int, bad: list[str]) -> Iterator[dict]:
-    """The records of a source whose conversation and images can be read; the others to `bad`."""
+def usable(source: Source, seed: int, bad: list[str]) -> Iterator[tuple[dict, list[bytes]]]:
+    """The records of a source, with their images, that can be read; the others to `bad`."""
     for record in records(source, seed):
         try:
             images = images_of(record)
@@ -49,7 +49,7 @@ def usable(source: Source, seed: int, bad: list[str]) -> Iterator[dict]:
         except (ValueError, KeyError, OSError) as error:
             bad.append(f"{record.get('id')}: {error}")
             continue
-        yield record
+        yield record, images
 
 
 def prepare_source(recipe: Recipe, name: str) -> Path:
@@ -70,8 +70,7 @@ def write_shards(recipe: Recipe, name: str, folder: Path) -> None:
     bad: list[str] = []
     bar = tqdm(usable(source, recipe.seed, bad), f"prepare {name}", source.samples or None)
     with MDSWriter(out=str(part), columns=COLUMNS, size_limit="64mb") as writer:
-        for record in bar:
-            images = images_of(record)
+        for record, images in bar:
             writer.write({
                 "id": str(record["id"]), "image": b"".join(images),
                 "sizes": [len(data) for data in images],

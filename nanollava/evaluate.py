@@ -160,7 +160,8 @@ def save_sample(assistant: Any, run: str | Path) -> str:
     task = next(task for task in recipe.tasks.values() if task)
     score, total = METRICS[task.metric]
     told = f"python -m nanollava chat {run} IMAGE QUESTION"
-    for turns, images, reference in questions(task, recipe.seed)[:20]:
+    few = replace(task, samples=min(20, task.samples or 20))
+    for turns, images, reference in questions(few, recipe.seed):
         if images:
             question = turns[-1].text.replace(PLACEHOLDER, "").strip()
             answer = assistant.chat(images[0], question, max_new_tokens=task.max_new_tokens)

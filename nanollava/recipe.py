@@ -120,11 +120,9 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
         del tree[key]
     base = tree.pop("base", None)
     tree = OmegaConf.create(_absolute(OmegaConf.to_container(tree), path.parent))
-    return (
-        OmegaConf.merge(read_yaml((path.parent / base).resolve(), (*above, path)), tree)
-        if base
-        else tree
-    )
+    if not base:
+        return tree
+    return OmegaConf.merge(read_yaml((path.parent / base).resolve(), (*above, path)), tree)
 
 
 def _absolute(value: Any, folder: Path) -> Any:
@@ -151,11 +149,9 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None, **changes:
         )  # fmt: skip
         recipe = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
-        known = (
-            ""
-            if "Did you mean" in str(error) or not is_dataclass(error.object_type)
-            else (f"\n    known keys: {', '.join(f.name for f in fields(error.object_type))}")
-        )
+        known = ""
+        if is_dataclass(error.object_type) and "Did you mean" not in str(error):
+            known = "\n    known keys: " + ", ".join(f.name for f in fields(error.object_type))
         raise ValueError(f"{path}: {error}{known}") from error
     for changes in recipe.settings.values():
         with_visual(recipe, changes)

@@ -178,9 +178,9 @@ def run_stage(recipe: Recipe, name: str, model: VLM) -> bool:
     counts = model.set_trainable(stage.train)
     switch = "enable" if stage.checkpoint_activations else "disable"
     getattr(model.llm, f"gradient_checkpointing_{switch}")()
-    if dist.get_global_rank() == 0:
-        announce(name, stage, counts, steps_of(stage, len(loader)))
     trainer = make_trainer(recipe, name, model, loader)
+    if dist.get_global_rank() == 0:
+        announce(name, stage, counts, int(trainer.state.max_duration.value))
     trainer.fit()
     trainer.close()
     return next(c.stop for c in trainer.state.callbacks if isinstance(c, Report))
@@ -198,7 +198,6 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> T
         get_num_tokens_in_batch=count_tokens,
         microbatch_transforms=lambda pack: pack.to(model.newline.device),
     )
-    # Composer passes the microbatch size on as it stands, so ours can be a budget of tokens.
     rates = (stage.lr, stage.vision_lr, stage.projector_lr or stage.lr, stage.weight_decay)
     return Trainer(
         model=Student(model, stage),
@@ -208,7 +207,7 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> T
         algorithms=[GradientClipping(clipping_type="norm", clipping_threshold=1.0)],
         callbacks=[report, SpeedMonitor(window_size=10)],
         max_duration=f"{steps}ba",
-        device_train_microbatch_size=stage.microbatch_tokens,
+        device_train_microbatch_size=stage.microbatch_tokens,  # passed on to split_batch as it is
         accumulate_train_batch_on_tokens=True,  # else uneven packs are averaged as if even
         precision="fp32",  # the model's own autocast computes in bf16, on the CPU too
         seed=recipe.seed,

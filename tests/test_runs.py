@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,14 +13,10 @@ from nanollava.train import Report
 
 @pytest.fixture
 def recipe(tiny_recipe, tmp_path):
-    from dataclasses import replace
-
     return replace(tiny_recipe, run=str(tmp_path / "run"))
 
 
 def with_seed(recipe, seed, **changes):
-    from dataclasses import replace
-
     return replace(recipe, seed=seed, **changes)
 
 
