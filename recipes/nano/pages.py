@@ -6,14 +6,20 @@
 
 Native sizes (width x height): documents 192x192 (legible at 3x3 tiles of 48 pixels, hurt at 2x2,
 unreadable in one view), charts and scenes 96x96, info pages 96x192. Text stands at any real-valued
-position, in three faces and five sizes, lower, Capitalised or UPPER case. A layout knows the
-place of every glyph, so that stage 0 can label pixels and write text twins without drawing.
+position, in nine faces and five sizes, lower, Capitalised or UPPER case, with or without a sign
+behind a key, which nothing but the pixels shows. `zh` pages are documents whose keys are Chinese.
+A layout knows the place of every glyph, so that stage 0 can label pixels and write text twins
+without drawing. The split `hard` has test facts of its own under strokes and noise.
 
-    python recipes/nano/pages.py        # draws atlas.png again
+    apt install fonts-droid-fallback
+    python recipes/nano/pages.py /usr/share/fonts/truetype/droid/DroidSansFallbackFull.ttf
+
+draws atlas.png again.
 """
 
 import json
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,12 +27,14 @@ from pathlib import Path
 from zlib import crc32
 
 import numpy as np
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 # fmt: off
 KEYS = ["tax", "fee", "rent", "cost", "date", "room", "gate", "seat", "bus", "code", "desk", "unit",
         "item", "size", "team", "tip", "ward", "shop", "mile", "zone", "bill", "debt", "loan",
         "fund"]
+HAN = list("税费租价日房门座车码桌位物寸队赏区店里带单债贷金")  # the same words, one sign each
+TITLES = ["invoice", "receipt", "report", "notes", "order", "total", "account", "summary"]
 COLOURS = {"red": (214, 40, 40), "green": (40, 150, 60), "blue": (40, 80, 220),
            "yellow": (240, 205, 30), "purple": (130, 50, 160), "orange": (245, 135, 20),
            "cyan": (40, 195, 215), "black": (30, 30, 30)}
@@ -34,43 +42,67 @@ COLOURS = {"red": (214, 40, 40), "green": (40, 150, 60), "blue": (40, 80, 220),
 SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
 OBJECTS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 PLACES = [f"{y} {x}" for y in ("top", "middle", "bottom") for x in ("left", "centre", "right")]
+WAYS = ("left", "right", "up", "down")
 # A fact "key value" belongs to one split for good: no pair is ever seen in two of them.
-SHARES = {"train": range(14), "val": range(14, 16), "test": range(16, 18), "tuning": range(18, 20)}
+SHARES = {"train": range(12), "val": range(12, 14), "test": range(14, 16),
+          "tuning": range(16, 18), "hard": range(18, 20)}  # fmt: skip
 
-FACES = ("DejaVuSans", "DejaVuSansMono-Bold", "DejaVuSerif-Bold")
+# Faces of matplotlib (DejaVu, STIX) and of Pillow (Aileron).
+FACES = ("DejaVuSans", "DejaVuSansMono-Bold", "DejaVuSerif-Bold", "DejaVuSans-Bold",
+         "DejaVuSansMono", "DejaVuSerif", "STIXGeneral", "STIXGeneralBol", "Aileron")  # fmt: skip
 PIXELS = (9, 10, 11, 12, 13)
-ASCII = "".join(map(chr, range(32, 127)))
+CHARS = "".join(map(chr, range(32, 127))) + "".join(HAN)
 CELL, BASELINE = 18, 13  # a glyph's square in the atlas, and where its baseline is in it
+DIGIT = 0.73  # a digit is this high in every face, in sizes
 ATLAS = Path(__file__).with_name("atlas.png")
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 
 
-def draw_atlas(path: Path = ATLAS) -> None:
-    """Draw every ASCII glyph, one row per face and size, from the fonts inside matplotlib."""
+def load_face(face: str, size: float) -> ImageFont.FreeTypeFont:
+    """A face so large that its digits are DIGIT x `size` pixels high."""
     import matplotlib
-    from PIL import ImageFont
 
-    fonts = Path(matplotlib.get_data_path(), "fonts/ttf")
-    image = Image.new("L", (CELL * len(ASCII), CELL * len(FACES) * len(PIXELS)))
+    file = Path(matplotlib.get_data_path(), "fonts/ttf", f"{face}.ttf")
+
+    def load(pixels: float) -> ImageFont.FreeTypeFont:
+        default = face == "Aileron"
+        return ImageFont.load_default(pixels) if default else ImageFont.truetype(file, pixels)
+
+    return load(size * DIGIT * 1000 / -load(1000).getbbox("1", anchor="ls")[1])
+
+
+def draw_atlas(han: str, path: Path = ATLAS) -> None:
+    """Draw every glyph, one row per face and size; `han` is a font file for the second script.
+
+    But for the first three, faces are drawn four times too large and reduced: unhinted, as
+    browsers print.
+    """
+    image = Image.new("L", (CELL * len(CHARS), CELL * len(FACES) * len(PIXELS)))
     advances = []
     for row, (face, size) in enumerate((face, size) for face in FACES for size in PIXELS):
-        font = ImageFont.truetype(str(fonts / f"{face}.ttf"), size)
-        for column, char in enumerate(ASCII):
-            spot = (column * CELL + 1, row * CELL + BASELINE)
-            ImageDraw.Draw(image).text(spot, char, fill=255, font=font, anchor="ls")
-        advances.append([round(font.getlength(char), 2) for char in ASCII])
+        times = 1 if face in FACES[:3] else 4
+        latin, other = load_face(face, size * times), ImageFont.truetype(han, size * times)
+        fonts = [latin if char.isascii() else other for char in CHARS]
+        for column, (char, font) in enumerate(zip(CHARS, fonts, strict=True)):
+            cell = Image.new("L", (CELL * times, CELL * times))
+            spot = (times, BASELINE * times)
+            ImageDraw.Draw(cell).text(spot, char, fill=255, font=font, anchor="ls")
+            image.paste(cell.reduce(times), (column * CELL, row * CELL))
+        pairs = zip(CHARS, fonts, strict=True)
+        advances.append([round(font.getlength(char) / times, 2) for char, font in pairs])
     note = PngImagePlugin.PngInfo()
     note.add_text("advances", json.dumps(advances))
     image.save(path, pnginfo=note, optimize=True)
 
 
 @cache
-def atlas() -> tuple[np.ndarray, list[list[float]]]:
-    """Ink of each glyph uint8[faces * sizes, 95, CELL, CELL], and advances in pixels."""
+def atlas() -> tuple[np.ndarray, list[dict[str, float]]]:
+    """Ink of each glyph uint8[faces * sizes, glyphs, CELL, CELL], and its advance in pixels."""
     image = Image.open(ATLAS)
-    ink = np.asarray(image).reshape(-1, CELL, len(ASCII), CELL).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(ink), json.loads(image.text["advances"])
+    ink = np.asarray(image).reshape(-1, CELL, len(CHARS), CELL).transpose(0, 2, 1, 3)
+    advances = json.loads(image.text["advances"])
+    return np.ascontiguousarray(ink), [dict(zip(CHARS, a, strict=True)) for a in advances]
 
 
 @dataclass
@@ -80,7 +112,7 @@ class Item:
     text: str  # lower case, as a transcription has it
     box: Box
     row: int  # its line in reading order
-    drawn: str = ""  # the letters as printed; "" for an object
+    drawn: str = ""  # as printed, perhaps with a sign behind it; "" for an object
     font: int = 0  # row of the atlas
     edges: list[float] = field(default_factory=list)  # n + 1 x positions around n glyphs
 
@@ -96,6 +128,8 @@ class Page:
     paper: tuple[int, ...] = (255, 255, 255)
     ink: tuple[int, ...] = (0, 0, 0)
     bars: list[tuple[int, int, int, int]] = field(default_factory=list)
+    sign: str = ""  # printed behind every key
+    hard: bool = False  # under strokes and noise
 
     def lines(self) -> list[str]:
         """What the page says, line by line in reading order; a scene says where things are."""
@@ -108,20 +142,24 @@ class Page:
         """The size of the page's smallest type in pixels; 0 where nothing is printed."""
         return min((PIXELS[i.font % len(PIXELS)] for i in self.items if i.drawn), default=0)
 
-    def write(self, text: str, x: float, y: float, font: int, row: int) -> float:
-        """Print a word from x on the baseline y; returns where it ends."""
-        self.items.append(word(text, x, y, font, row))
-        return self.items[-1].box[2]
+    def write(
+        self, rng: random.Random, fact: tuple[str, str], x: float, x_value: float, y: float,
+        font: int, row: int,
+    ) -> None:  # fmt: skip
+        """Print a key from x on the baseline y, and its value from x_value or behind it."""
+        self.items.append(word(cased(rng, fact[0]), x, y, font, row, self.sign))
+        x_value = max(x_value, self.items[-1].box[2] + 4)
+        self.items.append(word(fact[1], x_value, y, font, row))
+        self.facts.append(fact)
 
 
-def word(text: str, x: float, baseline: float, font: int, row: int) -> Item:
-    """An item for a word whose first glyph starts at x (any real number)."""
+def word(text: str, x: float, y: float, font: int, row: int, sign: str = "") -> Item:
+    """An item for a word whose first glyph starts at x (any real number) on the baseline y."""
     advances, edges = atlas()[1][font], [x]
-    for char in text:
-        edges.append(edges[-1] + advances[ord(char) - 32])
-    height = 0.73 * PIXELS[font % len(PIXELS)]  # DejaVu's capitals and digits
-    box = (x, baseline - height, edges[-1], baseline)
-    return Item(text.lower(), box, row, text, font, edges)
+    for char in text + sign:
+        edges.append(edges[-1] + advances[char])
+    box = (x, y - DIGIT * PIXELS[font % len(PIXELS)], edges[-1], y)
+    return Item(text.lower(), box, row, text + sign, font, edges)
 
 
 def rows_of(items: Sequence[Item]) -> list[str]:
@@ -162,23 +200,29 @@ def draw_font(rng: random.Random, sizes: Sequence[int]) -> int:
 def layout(rng: random.Random, kind: str, split: str, keys: Sequence[str] = KEYS) -> Page:
     """Draw the content and the places of one page of a kind."""
     size, fill = KINDS[kind]
-    page = Page(kind, size)
+    page = Page(kind, size, hard=split == "hard")
     page.paper = tuple(rng.randint(225, 255) for _ in range(3))
     page.ink = tuple(rng.randint(0, 70) for _ in range(3))
+    page.sign = rng.choice(("", "", "", ":", ":", ".", " -", " ="))
+    if kind in ("doc", "dense", "zh") and rng.random() < 0.1:
+        page.paper, page.ink = page.ink, page.paper
     fill(rng, page, split, keys)
     return page
 
 
 def _document(rng: random.Random, page: Page, split: str, names: Sequence[str]) -> None:
-    keys = rng.sample(names, rng.randint(4, 6))
-    font, pitch = draw_font(rng, (10, 11, 11, 12)), 192 / len(keys)
+    keys = rng.sample(HAN if page.kind == "zh" else names, rng.randint(4, 6))
+    title = rng.random() < 0.2
+    font, pitch = draw_font(rng, (11, 12, 12, 13)), 192 / (len(keys) + title)
     column = rng.choice((0, rng.uniform(50, 150)))  # values in a column, or behind their keys
-    for row, key in enumerate(keys):
+    if title:
+        x, y = rng.uniform(3, 100), rng.uniform(12, pitch - 4)
+        page.items.append(word(cased(rng, rng.choice(TITLES)), x, y, font, 0))
+    for row, key in enumerate(keys, start=title):
         x, y = rng.uniform(3, 60), pitch * row + rng.uniform(12, pitch - 4)
         x_value = column + rng.uniform(0, 12) if column else x + rng.uniform(30, 80)
-        page.facts.append((key, draw_value(rng, key, split, (2, 3))))
-        end = page.write(cased(rng, key), x, y, font, row)
-        page.write(page.facts[-1][1], max(x_value, end + 4), y, font, row)
+        fact = key, draw_value(rng, key, split, (2, 3, 3))
+        page.write(rng, fact, x, min(x_value, 158), y, font, row)
 
 
 def _dense(rng: random.Random, page: Page, split: str, names: Sequence[str]) -> None:
@@ -186,25 +230,21 @@ def _dense(rng: random.Random, page: Page, split: str, names: Sequence[str]) -> 
     font, pitch = draw_font(rng, (10, 10, 11)), 384 / len(keys)
     for i, key in enumerate(keys):
         row, side = divmod(i, 2)
-        x, y = 96 * side + rng.uniform(2, 16), pitch * row + rng.uniform(pitch - 8, pitch - 4)
-        page.facts.append((key, draw_value(rng, key, split, (2, 3))))
-        x_value = x + rng.uniform(36, 50)
-        end = page.write(cased(rng, key), x, y, font, row)
-        page.write(page.facts[-1][1], max(x_value, end + 4), y, font, row)
+        x, y = 96 * side + rng.uniform(2, 14), pitch * row + rng.uniform(pitch - 8, pitch - 4)
+        fact = key, draw_value(rng, key, split, (2, 3))
+        page.write(rng, fact, x, x + rng.uniform(36, 50), y, font, row)
 
 
 def _chart(rng: random.Random, page: Page, split: str, names: Sequence[str]) -> None:
     keys = rng.sample(names, rng.randint(4, 6))
     font, pitch = draw_font(rng, (9, 10, 10)), 96 / len(keys)
-    thick, start = rng.uniform(6, 10), 40
+    thick, start, page.sign = rng.uniform(6, 10), 40, ""
     for row, key in enumerate(keys):
-        page.facts.append((key, draw_value(rng, key, split, (2,))))
+        fact = key, draw_value(rng, key, split, (2,))
         y = pitch * row + pitch / 2 + 4 + rng.uniform(-1.5, 1.5)
-        tip = start + 36 * int(page.facts[-1][1]) / 100
+        tip = start + 36 * int(fact[1]) / 100
         page.bars.append((start, round(y - 4 - thick / 2), round(tip), round(y - 4 + thick / 2)))
-        x, x_value = rng.uniform(1, 4), tip + rng.uniform(2, 4)
-        end = page.write(cased(rng, key), x, y, font, row)
-        page.write(page.facts[-1][1], max(x_value, end + 4), y, font, row)
+        page.write(rng, fact, rng.uniform(1, 4), tip + rng.uniform(2, 4), y, font, row)
 
 
 def _info(rng: random.Random, page: Page, split: str, _: Sequence[str]) -> None:
@@ -215,8 +255,8 @@ def _info(rng: random.Random, page: Page, split: str, _: Sequence[str]) -> None:
         x = rng.uniform(3, 24)
         page.items.append(Item(thing, (x, y, x + side, y + side), row))
         page.facts.append((thing, draw_value(rng, thing, split, (2, 3))))
-        x_value, baseline = rng.uniform(x + side + 5, 68), y + side / 2 + rng.uniform(1, 7)
-        page.write(page.facts[-1][1], x_value, baseline, font, row)
+        x_value, baseline = rng.uniform(x + side + 5, 66), y + side / 2 + rng.uniform(1, 7)
+        page.items.append(word(page.facts[-1][1], x_value, baseline, font, row))
 
 
 def _scene(rng: random.Random, page: Page, split: str, _: Sequence[str]) -> None:
@@ -230,8 +270,28 @@ def _scene(rng: random.Random, page: Page, split: str, _: Sequence[str]) -> None
         page.items.append(Item(thing, (x, y, x + side, y + side), p // 3))
 
 
+def frames(rng: random.Random, split: str, count: int = 4) -> tuple[list[Page], str, str]:
+    """Frames of a moving scene: one thing crosses it, one stands; what moves, and which way."""
+    while True:
+        first = layout(rng, "scene", split)
+        moves, stands = first.items[:2]
+        way = rng.choice(WAYS)
+        across = way in WAYS[:2]  # along x; then the other must stand in another row of cells
+        lanes = [round(item.box[across]) // 32 for item in (moves, stands)]
+        if lanes[0] != lanes[1]:
+            break
+    pages, side, far = [], moves.box[2] - moves.box[0], way in ("right", "down")
+    for i in range(count):
+        at = (94 - side) * (i if far else count - 1 - i) / (count - 1) + 1
+        x, y = (at, moves.box[1]) if across else (moves.box[0], at)
+        item = Item(moves.text, (x, y, x + side, y + side), 0)
+        pages.append(Page("scene", first.size, [item, stands], paper=first.paper))
+    return pages, moves.text, way
+
+
 KINDS = {
     "doc": ((192, 192), _document),
+    "zh": ((192, 192), _document),
     "dense": ((192, 192), _dense),
     "chart": ((96, 96), _chart),
     "info": ((96, 192), _info),
@@ -270,6 +330,7 @@ def paint(image: Image.Image, thing: str, box: Box) -> None:
 
 def render(page: Page) -> np.ndarray:
     """Pixels uint8[H, W, 3] of a layout."""
+    rng = random.Random(str(page.facts))  # of strokes and noise
     image = Image.new("RGB", page.size, page.paper)
     for i, bar in enumerate(page.bars):
         ImageDraw.Draw(image).rectangle(bar, fill=list(COLOURS.values())[(bar[1] + i) % 7])
@@ -281,11 +342,23 @@ def render(page: Page) -> np.ndarray:
         for char, edge in zip(item.drawn, item.edges, strict=False):
             x = max(0, round(edge) - 1)
             spot = cover[y : y + CELL, x : x + CELL]
-            glyph = atlas()[0][item.font, ord(char) - 32]
+            glyph = atlas()[0][item.font, CHARS.index(char)]
             np.maximum(spot, glyph[: spot.shape[0], : spot.shape[1]], out=spot)
     pixels = np.asarray(image).astype(np.int32)
     share = cover[: page.size[1], : page.size[0], None].astype(np.int32)
-    return (pixels + (np.array(page.ink) - pixels) * share // 255).astype(np.uint8)
+    pixels = pixels + (np.array(page.ink) - pixels) * share // 255
+    return (spoiled(pixels, rng) if page.hard else pixels).astype(np.uint8)
+
+
+def spoiled(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Three thin strokes across the page, then noise of 12 levels."""
+    height, width = pixels.shape[:2]
+    image = Image.fromarray(pixels.astype(np.uint8))
+    for _ in range(3):
+        ends = [(rng.randrange(width), rng.randrange(height)) for _ in range(2)]
+        ImageDraw.Draw(image).line(ends, fill=rng.choice([*COLOURS.values()]), width=1)
+    noise = np.random.default_rng(rng.randrange(2**32)).normal(0, 12, pixels.shape)
+    return (np.asarray(image) + noise).clip(0, 255)
 
 
 def visible(page: Page, window: Box) -> list[str]:
@@ -316,4 +389,4 @@ def crop(rng: random.Random, page: Page) -> tuple[int, int, int, int]:
 
 
 if __name__ == "__main__":
-    draw_atlas()
+    draw_atlas(sys.argv[1])

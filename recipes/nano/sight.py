@@ -22,29 +22,35 @@ from nanollava.encoder import ENCODERS, build
 
 R, MARGIN = 48, 16
 # phase: steps and learning rate; the stem alone, the whole tower, the same with small steps
-PHASES = {"stem": (2500, 3e-3), "dense": (6000, 2e-3), "polish": (3000, 1e-3)}
+PHASES = {"stem": (2500, 3e-3), "dense": (10000, 2e-3), "polish": (4000, 7e-4)}
 HEADS = ("stem", "char", "word", "object")
-GLYPHS = "\0" + string.ascii_lowercase + string.digits  # 37 classes, 0 is blank
-WORDS = ["", *pages.KEYS, "#", "?"]  # none, a key, a number, other
-KINDS = ("doc", "doc", "dense", "dense", "chart", "info", "info", "scene")
+GLYPHS = "\0" + string.ascii_lowercase + string.digits + "".join(pages.HAN)  # 0 is blank
+WORDS = ["", *pages.KEYS, *pages.TITLES, *pages.HAN, "#", "?"]  # none, ..., a number, other
+KINDS = ("doc", "doc", "doc", "dense", "dense", "dense", "chart", "info", "info", "scene", "zh")
 # Scales of the AnyRes grids (4x4, 3x3, 2x2, and 2 of 3) and of the squashed base view.
 SCALES = (1, 1, 1, 0.75, 0.75, 0.75, 0.67, 0.5, 0)
+RENEWED = 4  # pages of the pool that each batch replaces
 
 
 class Windows:
     """A pool of pages at several scales, from which windows with labels are cut."""
 
     def __init__(self, rng: random.Random, count: int, split: str):
-        self.rng, self.pool = rng, []
-        for _ in range(count):
-            made = ["".join(rng.choices(GLYPHS[1:27], k=rng.randint(2, 5))) for _ in range(8)]
-            page = pages.layout(rng, rng.choice(KINDS), split, [*pages.KEYS, *made])
-            self.pool.append((Image.fromarray(pages.render(page)), *boxes(page)))
+        self.rng, self.split = rng, split
+        self.pool = [self.draw() for _ in range(count)]
+
+    def draw(self) -> tuple[Image.Image, np.ndarray, np.ndarray]:
+        """A page's picture and its boxes; some of its keys are words that nobody knows."""
+        made = ["".join(self.rng.choices(GLYPHS[1:27], k=self.rng.randint(2, 5))) for _ in range(8)]
+        page = pages.layout(self.rng, self.rng.choice(KINDS), self.split, [*pages.KEYS, *made])
+        return Image.fromarray(pages.render(page)), *boxes(page)
 
     def cut(self, scale: float | None = None) -> tuple[np.ndarray, ...]:
         """A window uint8[R, R, 3] and its labels: stem [12, 12], halves [6, 12], word, object."""
         image, glyphs, things = self.rng.choice(self.pool)
-        scale = self.rng.choice(SCALES) if scale is None else scale
+        if scale is None:  # any picture is scaled a little differently
+            scale = self.rng.choice(SCALES) * self.rng.uniform(0.88, 1.15)
+            scale *= 1.4 if self.rng.random() < 0.05 else 1
         sx, sy = (scale, scale) if scale else (R / image.width, R / image.height)
         w, h = image.width * sx, image.height * sy
         a, b, c, d = self.rng.choice([*glyphs[:, :4], *things[:, :4]])  # look at something
@@ -66,6 +72,8 @@ class Windows:
 
     def batch(self, n: int, scale: float | None = None) -> list[Tensor]:
         """n windows uint8[n, 3, R, R] and their labels."""
+        for _ in range(RENEWED):
+            self.pool[self.rng.randrange(len(self.pool))] = self.draw()
         rows = [self.cut(scale) for _ in range(n)]
         views, *marks = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
         return [views.permute(0, 3, 1, 2).contiguous(), *marks]

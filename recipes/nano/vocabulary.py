@@ -10,6 +10,7 @@ each, which keeps a turn's overhead at 8 tokens. `PAIRS` are 100 tokens for two 
 one patch: no text is ever cut into them, only stage 0's patch rasters use them as inputs.
 """
 
+import re
 from pathlib import Path
 
 import pages
@@ -26,21 +27,31 @@ FOLDER = Path(__file__).with_name("tokenizer")
 PIECES = r"[A-Za-z]+ ?|\p{N}|[^\sA-Za-z\p{N}] ?|\s"
 
 
+def texts() -> str:
+    """All that the world can say."""
+    asked = (text for forms in world.ASK.values() for text in forms)
+    more = ["yes no eats with and an moves", *world.HELLO, *pages.WAYS]
+    names = [*world.NAMES.values(), *pages.OBJECTS, *pages.PLACES, *pages.KEYS, *pages.TITLES]
+    return " ".join([*asked, *names, *world.FOODS, *pages.HAN, *more])
+
+
 def words() -> list[str]:
-    """Every word of the world and of its questions, lower case, sorted."""
-    asked = " ".join(text for forms in world.ASK.values() for text in forms)
-    names = " ".join([*world.NAMES.values(), *pages.OBJECTS, *pages.PLACES, *pages.KEYS])
-    more = "yes no eats with and an frame moves up down text many things are which from to on"
-    letters = "".join(c.lower() if c.isalpha() else " " for c in " ".join([asked, names, more]))
-    return sorted({*letters.split(), *world.FOODS})
+    """Every word that the world can say, lower case, sorted."""
+    return sorted(set(re.findall("[a-z]+", texts().lower())))
+
+
+def mapped(text: str) -> str:
+    """A token as a byte-level vocabulary spells it."""
+    return ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0]
 
 
 def build() -> PreTrainedTokenizerFast:
     """The tokenizer as transformers loads it."""
     cases = [case(w) for w in words() for case in (str, str.capitalize, str.upper)]
-    signs = list(",.?:;!'\"()-")
+    signs = [*",.?:;!'\"()-=", *sorted({c for c in texts() if not c.isascii()})]
     spaced = [f"{token} " for token in dict.fromkeys([*cases, *signs, *"ABCD"])]
-    pieces = [*sorted(ByteLevel.alphabet()), *cases, *(t.replace(" ", "Ġ") for t in spaced), *PAIRS]
+    whole = [mapped(token) for token in [*cases, *signs, *spaced]]
+    pieces = [*sorted(ByteLevel.alphabet()), *whole, *PAIRS]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(pieces))}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     core.pre_tokenizer = pre_tokenizers.Sequence(
