@@ -71,6 +71,7 @@ def score(run: Path, tasks: list[str], limit: int, keys: Recipe | None = None) -
 def chat(
     run: Run, image: Path, question: str, max_grid: str | None = None,
     max_visual_tokens: str | None = None, max_new_tokens: int = 128,
+    why: Annotated[bool, typer.Option("--why", help="draw where the answer looked")] = False,
 ) -> None:  # fmt: skip
     """Ask one question about an image, and tell what the model saw."""
     from nanollava.generate import load
@@ -81,6 +82,9 @@ def chat(
                                 max_new_tokens=max_new_tokens):  # fmt: skip
         typer.echo(piece, nl=False)
     typer.echo(f"\n\n{assistant.seen.describe()}")
+    if why:
+        assistant.why().save(run / "why.png")
+        typer.echo(f"where it looked, base view and tiles: {run / 'why.png'}")
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -17,13 +17,14 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from nanollava.anyres import Layout, open_image, upright_rgb
+from nanollava.anyres import open_image, upright_rgb
 from nanollava.llm import Cache
 from nanollava.model import VLM
 from nanollava.model import load as load_model
 from nanollava.prompts import IMAGE, PLACEHOLDER, Turn, stop_ids
 from nanollava.recipe import with_visual
 from nanollava.sequence import Document, pack
+from nanollava.why import look
 
 Picture = str | Path | bytes | Image
 
@@ -32,30 +33,38 @@ Picture = str | Path | bytes | Image
 class Seen:
     """What the last answer was made from."""
 
-    layouts: tuple[Layout, ...] = ()
-    glyphs: tuple[float, ...] = ()  # pixels of the text in each image where known, else 0
-    positions: int = 0  # of the prompt
-    reused: int = 0  # of those, taken from the cache
+    document: Document  # the prompt
+    features: int  # T of the encoder
+    glyphs: tuple[float, ...]  # pixels of the text in each image where known, else 0
+    reused: int  # positions of the prompt that were taken from the cache
+    written: list[int] = field(default_factory=list)  # the answer's ids
     first: float = 0.0  # seconds to the first token
     seconds: float = 0.0
-    tokens: int = 0  # written
 
     def describe(self) -> str:
-        """What the model saw, a line per image, and how fast it answered."""
+        """What the model saw, two lines per image, and how fast it answered.
+
+        Type as high as one visual token is legible, below half of one it is not (measured on the
+        nano world, whose documents are 0.4, 0.8 and 1.1 tokens high at base, 2x2 and 3x3).
+        """
         lines = []
-        for p, glyph in zip(self.layouts, self.glyphs, strict=True):
+        for p, glyph in zip(self.document.layouts, self.glyphs, strict=True):
             (a, b), (w, h) = p.grid, p.fitted if p.grid[0] else (p.tile, p.tile)
             grid = f"grid {a}x{b} + base view" if a else "base view only"
             lines.append(
                 f"saw {p.size[0]}x{p.size[1]} pixels as {grid}: {p.views} views of {p.tile} pixels"
-                f" (scale {w / p.size[0]:.2f} x {h / p.size[1]:.2f}), {p.tokens} visual tokens"
-                f" + {p.newlines} newlines"
+                f" (scale {w / p.size[0]:.2f} x {h / p.size[1]:.2f}), {p.views * self.features} "
+                f"features -> {p.tokens} visual tokens + {p.newlines} newlines"
             )
-            if glyph:
-                lines[-1] += f"; text of {glyph:g} pixels is {glyph * h / p.size[1]:.1f} in a view"
+            shrunk = (p.crop[1] - p.crop[0]) / p.raster[0] if a else 1  # by a mosaic budget
+            token = shrunk * p.tile / p.side * p.size[1] / h  # its height in pixels of the image
+            seen = glyph / token
+            word = "legible" if seen >= 1 else "hardly legible" if seen >= 0.5 else "illegible"
+            known = f"type of {glyph:g} pixels is {seen:.1f} visual tokens high: {word}; "
+            lines.append(f"{known if glyph else ''}type from {token:.0f} pixels on is legible")
         return "\n".join([*lines, (
-            f"prompt {self.positions} positions, {self.reused} reused; first token "
-            f"{self.first:.3f} s, {self.tokens} tokens in {self.seconds:.3f} s"
+            f"prompt {len(self.document.ids)} positions, {self.reused} reused; first token "
+            f"{self.first:.3f} s, {len(self.written)} tokens in {self.seconds:.3f} s"
         )])  # fmt: skip
 
 
@@ -72,7 +81,8 @@ class Assistant:
     """A model that answers."""
 
     def __init__(self, model: VLM):
-        self.model, self.seen, self.memory = model.eval(), Seen(), Memory()
+        self.model, self.memory = model.eval(), Memory()
+        self.seen: Seen | None = None  # after a chat
 
     @torch.inference_mode()
     def stream(
@@ -166,9 +176,8 @@ class Assistant:
         cache = Cache([len(ids) + room])
         if skip:
             cache = self.memory.cache.fork(0, cache.room, skip)
-        self.seen = Seen(document.layouts, glyphs, len(ids), skip)
-        written: list[int] = []
-        said = ""
+        self.seen = Seen(document, self.model.row.side**2, glyphs, skip)
+        written, said = self.seen.written, ""
         for (token,) in self.stream([document], room, cache=cache, skip=skip):
             self.seen.first = self.seen.first or time.perf_counter() - start
             written += [] if token is None else [token]
@@ -176,8 +185,14 @@ class Assistant:
             if token is None or len(written) == room or not text.endswith("\ufffd"):
                 yield text[len(said) :]  # not half of a character, unless the answer ends there
                 said = text
-        self.seen.seconds, self.seen.tokens = time.perf_counter() - start, len(written)
+        self.seen.seconds = time.perf_counter() - start
         self.memory = Memory(cache, (ids + written)[: cache.used[0]], key)
+
+    def why(self) -> Image:
+        """A picture of where the last answer looked: base view and tiles of each image."""
+        if self.seen is None:
+            raise ValueError("nothing has been asked yet: chat first")
+        return look(self.model, self.seen.document, self.seen.written)
 
     def _reusable(self, ids: list[int], key: object) -> int:
         """How many first positions the last conversation shares: all of its images, or none."""

@@ -93,12 +93,15 @@ def packed_flash(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], 
 
 def packed_attention(
     module: nn.Module, query, key, value, attention_mask, scaling=None, documents=None, cache=None,
-    **_,
+    watch=None, **_,
 ):  # fmt: skip
     """query (1, H, S, d), key and value (1, H_kv, S, d) -> (1, S, H, d), None.
 
-    `documents`: the lengths of the packed documents, which add up to S; `cache`: theirs, if any.
+    `documents`: the lengths of the packed documents, which add up to S; `cache`: theirs, if any;
+    `watch`: a list that is to get each layer's query and key.
     """
+    if watch is not None:
+        watch.append((query, key))
     groups = query.shape[1] // key.shape[1]
     lengths = documents or [query.shape[2]]
     if query.is_cuda and cache is None and value.dtype.itemsize == 2 and flash_varlen():

@@ -92,12 +92,14 @@ class VLM(nn.Module):
         nothing = self.projector(self.encoder(black)).sum() + self.newline.sum()
         return (row + 0 * nothing)[None]
 
-    def read(self, row: Tensor, positions: Tensor, lengths: list[int], cache=None) -> Tensor:
+    def read(
+        self, row: Tensor, positions: Tensor, lengths: list[int], cache=None, watch=None
+    ) -> Tensor:
         """The LLM over a row (1, S, D) of documents -> hidden states (S, D)."""
         mask = row.new_ones(1, 1, 1, 1)  # unused: without one transformers 5 waits for the device
         return self.llm.model(
             inputs_embeds=row, position_ids=positions, attention_mask=mask, documents=lengths,
-            cache=cache, use_cache=False,
+            cache=cache, watch=watch, use_cache=False,
         ).last_hidden_state[0]  # fmt: skip
 
     def forward(self, pack: Pack) -> Tensor:

@@ -48,3 +48,16 @@ def add_newlines(tokens: Tensor, lay: Layout, newline: Tensor) -> Tensor:
     rows = tiles.unflatten(0, lay.raster)  # (rows, columns, D)
     ends = newline.to(tokens.dtype).expand(lay.raster[0], 1, -1)
     return torch.cat([base, torch.cat([rows, ends], dim=1).flatten(0, 1)])
+
+
+def as_maps(row: Tensor, lay: Layout) -> tuple[Tensor, Tensor]:
+    """The LLM's row (length,) of one image -> its base view (s, s) and its tiles' raster
+    (rows, columns), the newlines left out; the raster is empty where the base view is alone.
+    """
+    base, tiles = row.split([lay.side**2, lay.length - lay.side**2])
+    if lay.newlines:
+        tiles = tiles.unflatten(0, (lay.newlines, -1))[:, :-1].flatten()
+    elif lay.views > 1:  # view after view
+        (a, b), s = lay.grid, lay.side
+        tiles = tiles.unflatten(0, (b, a, s, s)).transpose(1, 2).flatten()
+    return base.unflatten(0, (lay.side, lay.side)), tiles.reshape(lay.raster)

@@ -23,7 +23,16 @@ from nanollava.prompts import MASKS, TEMPLATES
 from nanollava.sources import Source
 
 PROGRAM = "if __name__"  # how the launcher line begins
-FREE = {"run", "fresh", "base", "data", "workers", "tasks", "settings"}  # may differ on resume
+FREE = {
+    "run",
+    "fresh",
+    "base",
+    "data",
+    "workers",
+    "tasks",
+    "settings",
+    "reference",
+}  # may differ on resume
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class Recipe:
     max_length: int = 32768
     precision: str = "auto"  # auto: bf16 where the device has it | fp32
     workers: int = 2
+    reference: str = ""  # the losses.csv of reference runs, for the band in the progress bar
     sources: dict[str, Source] = field(default_factory=dict)
     stages: dict[str, Stage | None] = field(default_factory=dict)
     tasks: dict[str, Task | None] = field(default_factory=dict)

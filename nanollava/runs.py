@@ -8,6 +8,7 @@ import json
 import platform
 import shutil
 import subprocess
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
@@ -23,6 +24,8 @@ COLUMNS = ("stage", "step", "source", "loss", "tokens", "lr", "seconds")
 
 def check_run(recipe: Recipe) -> None:
     """Raises ValueError, with the differing keys, for a folder with a run of another recipe."""
+    if recipe.reference and not Path(recipe.reference).is_file():
+        raise FileNotFoundError(f"reference: {recipe.reference} is not a file")
     file = Path(recipe.run) / "recipe.yaml"
     begun = file.exists() and (file.parent / "losses.csv").exists()
     changed = differences(read_recipe(file), recipe) if begun else []
@@ -79,3 +82,42 @@ def add_losses(run: str | Path, rows: Iterable[tuple]) -> None:
     """Append rows of COLUMNS."""
     with (Path(run) / "losses.csv").open("a", newline="") as file:
         csv.writer(file).writerows(rows)
+
+
+class Expected:
+    """A step's loss, told beside the band between the lowest and the highest of reference runs.
+
+    All of them are means of the last ten steps: single batches differ too much.
+    """
+
+    def __init__(self, reference: str, stage: str):
+        lines = Path(reference).read_text().splitlines() if reference else []
+        self.last: deque[float] = deque(maxlen=10)
+        self.band = {
+            int(r["step"]): (r["low"], r["high"])
+            for r in csv.DictReader(lines)
+            if r["stage"] == stage
+        }
+
+    def tell(self, step: int, loss: float) -> str:
+        """A postfix for a progress bar: "loss 0.312 (expected 0.289 to 0.331)"."""
+        self.last.append(loss)
+        told = f"loss {sum(self.last) / len(self.last):.3f}"
+        low, high = self.band.get(step, ("", ""))
+        return f"{told} (expected {low} to {high})" if low else told
+
+
+def write_reference(runs: Iterable[str | Path], out: str | Path) -> None:
+    """The band of several runs of one recipe, as the recipe's `reference` key expects it."""
+    told: dict[tuple[str, int], list[float]] = {}
+    for run in runs:
+        last: dict[str, deque] = {}
+        for row in (row for row in read_losses(run) if row["source"] == "all"):
+            window = last.setdefault(row["stage"], deque(maxlen=10))
+            window.append(float(row["loss"]))
+            told.setdefault((row["stage"], int(row["step"])), []).append(sum(window) / len(window))
+    with Path(out).open("w", newline="") as file:
+        csv.writer(file).writerows([("stage", "step", "low", "high"), *(
+            (*place, f"{min(means) * 0.95:.3f}", f"{max(means) * 1.05:.3f}")
+            for place, means in told.items()
+        )])  # fmt: skip

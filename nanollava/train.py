@@ -29,7 +29,7 @@ from nanollava.cost import forward_flops, rates, step_flops
 from nanollava.data import make_loader, prepare
 from nanollava.model import TRAIN, VLM, load_weights, save
 from nanollava.recipe import Recipe, Stage
-from nanollava.runs import add_losses, check_run, keep_losses, open_run
+from nanollava.runs import Expected, add_losses, check_run, keep_losses, open_run
 from nanollava.sequence import Document, Pack, pack, split
 
 
@@ -91,8 +91,9 @@ def count_tokens(batch: list[Document] | Pack) -> dict[str, int]:
 class Report(Callback):
     """The progress bar, losses.csv, and a clean stop at SIGTERM or at a loss that is no number."""
 
-    def __init__(self, run: Path, name: str, interval: int):
+    def __init__(self, run: Path, name: str, interval: int, reference: str = ""):
         self.run, self.name, self.interval = run, name, interval
+        self.expected = Expected(reference, name)
         self.asked = self.stop = False  # by SIGTERM here; agreed by all processes
         self.bar, self.before = None, signal.getsignal(signal.SIGTERM)
 
@@ -125,7 +126,8 @@ class Report(Callback):
             for source, (total, n) in zip([*student.sources, "all"], rows, strict=True) if n
         ])  # fmt: skip
         speed = (int(state.timestamp.token) - self.tokens) / seconds
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        told = f"{self.expected.tell(step, loss)}, {speed:,.0f} tokens/s"
+        self.bar.set_postfix_str(told, refresh=False)
         self.bar.update(step - self.bar.n)
 
     def due(self, state: State, event: object) -> bool:
@@ -190,7 +192,7 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> T
     """Composer's trainer for a stage, over a loader whose batches are lists of documents."""
     stage, run = recipe.stages[name], Path(recipe.run)
     steps = steps_of(stage, len(loader))
-    report = Report(run, name, stage.save_interval)
+    report = Report(run, name, stage.save_interval, recipe.reference)
     data = DataSpec(
         loader,
         split_batch=splitter(model.row.tile),

@@ -54,7 +54,7 @@ def hero(run: str, out: str, seed: int = 3) -> None:
     question = question.replace("<image>\n", "")
     answers = {g: llava.chat(image, question, max_grid=g) for g in ("base", "3x3")}
     llava.chat(image, question)
-    (lay,) = llava.seen.layouts
+    (lay,) = llava.seen.document.layouts
     views = cut_views(image, lay).permute(0, 2, 3, 1).numpy()
     a, b = lay.grid
 

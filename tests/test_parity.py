@@ -6,6 +6,7 @@ Runs in both environments. Float32 on the CPU. `pytest -m parity -s` prints the 
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from nanollava.llm import load_tokenizer
 from nanollava.model import TRAIN, VLM
 from nanollava.prompts import IGNORE, IMAGE, Turn, encode
 from nanollava.sequence import Document, pack
+from nanollava.why import attention
 
 pytestmark = pytest.mark.parity
 BENCH = json.loads((Path(__file__).parent / "bench" / "batch.json").read_text())
@@ -248,11 +250,11 @@ def test_chat_equals_the_peer_and_reuses_the_image(speakers):
     assert assistant.seen.reused == 0
     assert chat(image, second) == expected[1]
     plan = layout(image.size, model.recipe.visual, model.row.tile, model.row.side)
-    assert plan.length < assistant.seen.reused < assistant.seen.positions
+    assert plan.length < assistant.seen.reused < len(assistant.seen.document.ids)
     history = [(first, "a page")]
     assert chat(image, second, history) == expected[2]
     assert chat(image, second, history) == expected[2]
-    assert assistant.seen.reused == assistant.seen.positions - 1  # the same question again
+    assert assistant.seen.reused == len(assistant.seen.document.ids) - 1  # the same question again
     pieces = assistant.chat(image, first, max_new_tokens=24, stream=True)
     assert whole("".join(pieces)) == expected[0]
     assert chat(noise(image.size, 9), first) != expected[0]
@@ -268,6 +270,26 @@ def test_reused_keys_and_values_change_no_logit(speakers):
     warm, cold = (logits(model, partial(ask, x)) for x in (assistant, Assistant(model)))
     assert assistant.seen.reused > 100
     assert (warm - cold).abs().max() <= 1e-5 * cold.abs().max()
+
+
+@torch.no_grad()
+def test_where_an_answer_looked_equals_eager_attention(speakers):
+    model, _ = speakers
+    assistant, eager = Assistant(model), deepcopy(model.llm)
+    assistant.chat(noise((224, 140), 1), "what is it?", max_new_tokens=6)
+    seen = assistant.seen
+    ids = torch.cat([seen.document.ids, torch.tensor(seen.written)])
+    row = pack([replace(seen.document, ids=ids, labels=ids)], model.row.tile)
+    eager.set_attn_implementation("eager")
+    layers = eager.model(
+        inputs_embeds=model.embed(row), position_ids=row.positions, output_attentions=True
+    ).attentions  # (1, H, S, S) each
+    start, looks = len(seen.document.ids), torch.stack(layers).mean((0, 1, 2))
+    expected, found = (
+        looks[start - 1 : -1, :start].mean(0),
+        attention(model, seen.document, seen.written),
+    )
+    assert (found - expected).abs().max() <= 1e-6 and 0.5 < found.sum() < 1
 
 
 def test_views_and_tokens_equal_the_processor(model):

@@ -231,5 +231,5 @@ def test_each_key_is_either_free_or_makes_another_run(key):
     value = getattr(old, key)
     other = not value if isinstance(value, bool) else value + type(value)(1)
     new = replace(old, **{key: other})
-    free = key in {"run", "fresh", "data", "workers"}
+    free = key in {"run", "fresh", "data", "workers", "reference"}
     assert [d.split(":")[0] for d in differences(old, new)] == ([] if free else [key])

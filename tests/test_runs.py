@@ -7,7 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanollava.runs import add_losses, check_run, keep_losses, open_run, read_losses
+from nanollava.runs import (
+    Expected,
+    add_losses,
+    check_run,
+    keep_losses,
+    open_run,
+    read_losses,
+    write_reference,
+)
 from nanollava.train import Report
 
 
@@ -58,6 +66,28 @@ def test_losses_after_the_checkpoint_are_forgotten(tmp_path):
     keep_losses(tmp_path, "b", 2)
     kept = [(r["stage"], int(r["step"])) for r in read_losses(tmp_path)]
     assert kept == [("a", 1), ("a", 2), ("a", 3), ("b", 1), ("b", 2)]
+
+
+def test_the_band_lies_around_the_means_of_ten_steps(tmp_path):
+    for run, losses in (("a", [2.0] * 10 + [1.0]), ("b", [3.0] * 10 + [4.0])):
+        (tmp_path / run).mkdir()
+        keep_losses(tmp_path / run, "stage1", 0)
+        add_losses(tmp_path / run, [
+            ("stage1", step, source, loss, 9, 1e-3, 0.1)
+            for step, loss in enumerate(losses, 1) for source in ("short", "all")
+        ])  # fmt: skip
+    write_reference([tmp_path / "a", tmp_path / "b"], out := tmp_path / "reference.csv")
+    expected = Expected(str(out), "stage1")
+    told = [expected.tell(step, 2.5) for step in range(1, 13)]
+    assert told[0] == "loss 2.500 (expected 1.900 to 3.150)"  # 2 - 5%, 3 + 5%
+    assert told[10] == "loss 2.500 (expected 1.805 to 3.255)"  # means 1.9 and 3.1
+    assert told[11] == "loss 2.500"  # the reference ends at step 11
+    assert Expected(str(out), "stage2").tell(1, 1) == Expected("", "stage1").tell(1, 1)
+
+
+def test_a_missing_reference_is_told_before_anything_is_made(recipe):
+    with pytest.raises(FileNotFoundError, match="reference: nowhere.csv is not a file"):
+        check_run(replace(recipe, reference="nowhere.csv"))
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,8 @@ def test_plain_commands(tiny, tmp_path):
     assert "nano-mixed" in command("-m", "nanollava", "evaluate", run)
     assert (run / "results.jsonl").read_text() == before
     Image.new("RGB", (150, 60), (200, 30, 30)).save(tmp_path / "red.png")
-    told = command("-m", "nanollava", "chat", run, tmp_path / "red.png", "what is it?")
+    told = command("-m", "nanollava", "chat", run, tmp_path / "red.png", "what is it?", "--why")
+    assert Image.open(run / "why.png").size[1] == 384
     assert "saw 150x60 pixels as grid" in told and "visual tokens" in told
 
 

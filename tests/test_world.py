@@ -23,25 +23,28 @@ NANO = Path(__file__).parents[1] / "recipes" / "nano"
 world = import_file(str(NANO / "world.py"))
 pages = import_file(str(NANO / "pages.py"))
 KINDS = tuple(pages.KINDS)
-TASKS = ["doc", "dense", "chart", "info", "presence", "choice", "transcribe", "caption"]
-MIXES = ["short_captions", "transcriptions", "detailed", "instructions", "text_only"]
+PRINTED = ("doc", "dense", "chart", "info", "zh")
+TASKS = [*PRINTED, "presence", "choice", "motion", "transcribe", "caption"]
+MIXES = ["short_captions", "transcriptions", "detailed", "documents", "chinese", "instructions",
+         "moving", "text_only"]  # fmt: skip
 
 
 def drawn(kind, split, count=150):
     return [pages.layout(random.Random(f"{split} {i}"), kind, split) for i in range(count)]
 
 
-def picture(record):
-    return Image.open(io.BytesIO(record["image"]))
+def pictures(record):
+    images = record["image"] if isinstance(record["image"], list) else [record["image"]]
+    return [Image.open(io.BytesIO(data)) for data in images]
 
 
 def test_atlas_has_every_printable_character_whole():
     ink, advances = pages.atlas()
-    assert ink.shape == (15, 95, pages.CELL, pages.CELL)
-    assert (ink[:, 1:].max((2, 3)) > 100).all()
-    assert (np.array(advances) > 2).all()
+    assert ink.shape == (45, 119, pages.CELL, pages.CELL)
+    assert (ink[:, 1:].max((2, 3)) > 50).all()
+    assert all(a > 1.5 for row in advances for a in row.values())
     assert ink[..., -1].max() == 0 and ink[:, :, 0].max() == 0, "a glyph is cut by its cell"
-    assert len({glyph.tobytes() for glyph in ink.reshape(-1, pages.CELL, pages.CELL)}) > 1300
+    assert len({glyph.tobytes() for glyph in ink.reshape(-1, pages.CELL, pages.CELL)}) > 4400
 
 
 @pytest.mark.parametrize("name", TASKS + MIXES)
@@ -60,11 +63,11 @@ def test_pixels_are_those_of_version_nano_1():
     assert hashlib.sha256(b"".join(p.tobytes() for p in pixels)).hexdigest()[:16] == PIXELS
 
 
-PIXELS = "0108cb468f87292f"
+PIXELS = "fa34b14077c5036d"
 
 
 def test_splits_share_no_fact():
-    shown = {s: {f"{a} {b}" for kind in KINDS[:4] for p in drawn(kind, s) for a, b in p.facts}
+    shown = {s: {f"{a} {b}" for kind in PRINTED for p in drawn(kind, s) for a, b in p.facts}
              for s in pages.SHARES}  # fmt: skip
     scenes = {s: {str(p.facts) for p in drawn("scene", s)} for s in pages.SHARES}
     for a, b in combinations(pages.SHARES, 2):
@@ -73,10 +76,10 @@ def test_splits_share_no_fact():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_true(kind):
-    for page in drawn(kind, "train", 60):
+    for page in drawn(kind, "train", 60) + drawn(kind, "hard", 20):
         facts, rng = dict(page.facts), random.Random(0)
         for form, question, answer, value in world.questions(rng, page, rng):
-            if form in ("doc", "dense", "chart", "info"):
+            if form in PRINTED:
                 key = next(k for k in facts if answer.startswith(k + " "))
                 assert key in question.lower() and answer == f"{key} {facts[key]}"
                 assert value == facts[key] and any(answer in line for line in page.lines())
@@ -89,8 +92,8 @@ def test_answers_are_true(kind):
             if form == "presence":
                 asked = next(o for o in pages.OBJECTS if o in question.lower())
                 assert (answer == "yes") == (asked in facts.values())
-                if answer == "no":
-                    assert not {w for o in facts.values() for w in o.split()} & set(asked.split())
+                parts = {w for o in facts.values() for w in o.split()} & set(asked.split())
+                assert answer == "yes" or len(parts) == page.hard
             assert answer.endswith(value)
 
 
@@ -111,7 +114,7 @@ def test_an_item_is_drawn_in_its_box_and_nowhere_else(kind):
 
 
 def test_a_whole_window_shows_every_line_and_crops_show_parts():
-    for kind in KINDS[:4]:
+    for kind in PRINTED:
         for page in drawn(kind, "train", 30):
             assert pages.visible(page, (-9, -9, 999, 999)) == page.lines()
             crop = pages.crop(random.Random(0), page)
@@ -125,14 +128,39 @@ def test_records_are_llava_records():
     for name in TASKS + MIXES[:-1]:
         for record in getattr(world, name)("test", 20, 0):
             talk = [turn["value"] for turn in record["conversations"]]
-            assert "".join(talk).count("<image>") == 1 and talk[0].startswith("<image>\n")
+            shown = pictures(record)
+            assert len(shown) == (4 if name in ("moving", "motion") else 1)
+            assert "".join(talk).count("<image>") == len(shown)
+            assert talk[0].startswith("<image>\n" * len(shown))
             assert len(talk) % 2 == 0 and all(talk)
-            assert picture(record).size in sizes.get(name, whole)
+            assert {image.size for image in shown} <= sizes.get(name, whole)
             if name in TASKS:
                 assert len(talk) == 2 and talk[1].endswith(record["answer"])
-            if name in TASKS[:6]:
+            if name in TASKS[:8]:
                 assert talk[1].split()[-1] == record["answer"]
-    assert 4 <= len(next(world.instructions("train", 1, 0))["conversations"]) / 2 <= 8
+    assert 4 <= len(next(world.instructions("train", 1, 0))["conversations"]) / 2 <= 9
+
+
+def test_one_thing_moves_the_way_it_is_said_to():
+    for seed in range(60):
+        frames, thing, way = pages.frames(random.Random(seed), "train")
+        (moves, stands), (last, still) = frames[0].items, frames[-1].items
+        assert moves.text == last.text == thing != stands.text and stands.box == still.box
+        right, down = last.box[0] - moves.box[0], last.box[1] - moves.box[1]
+        assert way == ("right" if right > 0 else "left" if right else "down" if down > 0 else "up")
+        assert abs(right) + abs(down) > 60 and right * down == 0
+        for frame in frames:  # they never touch
+            (a, b, c, d), (e, f, g, h) = (item.box for item in frame.items)
+            assert c <= e or g <= a or d <= f or h <= b
+
+
+def test_the_hard_split_is_the_same_world_under_strokes_and_noise():
+    page = drawn("doc", "hard", 1)[0]
+    spoiled, page.hard = pages.render(page), False
+    changed = (spoiled.astype(int) - pages.render(page)).reshape(-1, 3)
+    assert 8 < np.median(np.abs(changed)) * 1.48 < 16  # of noise with a deviation of 12
+    assert (np.abs(changed).max(1) > 60).mean() > 0.005  # strokes
+    assert (page.items[0].text, page.hard) == (drawn("doc", "hard", 1)[0].items[0].text, False)
 
 
 def test_tokenizer_keeps_any_text():

@@ -29,6 +29,7 @@ WORDS = ["", *pages.KEYS, *pages.TITLES, *pages.HAN, "#", "?"]  # none, ..., a n
 KINDS = ("doc", "doc", "doc", "dense", "dense", "dense", "chart", "info", "info", "scene", "zh")
 # Scales of the AnyRes grids (4x4, 3x3, 2x2, and 2 of 3) and of the squashed base view.
 SCALES = (1, 1, 1, 0.75, 0.75, 0.75, 0.67, 0.5, 0)
+UNREADABLE = 3.0  # pixels: lower capitals have no label, or base views would be most of the loss
 RENEWED = 4  # pages of the pool that each batch replaces
 
 
@@ -106,11 +107,12 @@ def labels(
     inside = (cx > 0) & (cx < R) & (cy > 0) & (cy < R)
     for i in np.flatnonzero(inside):
         char, column, row = int(glyphs[i, 4]), int(cx[i] // 4), int(cy[i] // 8)
+        char = char if h[i] > UNREADABLE else -100
         for y in (cy[i] - h[i] / 4, cy[i] + h[i] / 4):
             if 0 <= y < R:
                 stem[int(y // 4), column] = char
         halves[row, column] = char
-        names[row, column // 2] = int(glyphs[i, 5]) if share[i] > 0.6 else -100
+        names[row, column // 2] = int(glyphs[i, 5]) if share[i] > 0.6 and char > 0 else -100
     spots = np.arange(4, R, 8)
     for x0, y0, x1, y1, kind in np.hstack([things[:, :4] * zoom - move, things[:, 4:]]):
         rows, columns = (spots > y0) & (spots < y1), (spots > x0) & (spots < x1)
