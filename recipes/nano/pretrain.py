@@ -1,19 +1,18 @@
 """Stage 0: the tiny pretrained parts that stand in for the blog's CLIP and Qwen.
 
     composer recipes/nano_pretrain.yaml
-    python recipes/nano/pretrain.py --encoder m --llm m --out recipes/nano/weights
 
 The blog begins with parts that already see and speak; nobody can fetch such parts for 48-pixel
 views and a 400-thousand-parameter LLM, so they are made here, from the nano world's training
 split alone. Every crutch (dense labels, exercises, rasters) stays in this folder. Phases that
-have finished are kept in `work` and are not repeated. Written: encoder_SIZE.safetensors,
-llm_SIZE/ (a transformers folder with its tokenizer), scores.json.
+have finished are kept in `run` and are not repeated. Written, in half precision:
+encoder_SIZE.safetensors, llm_SIZE/ (a transformers folder with its tokenizer), scores.json.
 """
 
-import argparse
 import json
-import os
 import platform
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,55 +26,42 @@ import world
 from safetensors.torch import save_file
 
 
-def main(recipe: Any) -> None:
-    """Write the encoder to `encoder_weights` and the LLM to `llm`, the places a recipe names.
+def see(recipe: Any) -> dict:
+    """Make and write the encoder; returns its entry in scores.json."""
+    model, phases = sight.train(recipe.encoder[-1], Path(recipe.run), recipe.seed)
+    weights = model.encoder.visual.half().state_dict()
+    save_file({k: v.contiguous() for k, v in weights.items()}, recipe.encoder_weights)
+    model.float()  # scored as it is shipped
+    return {"phases": phases, "accuracy": sight.scores(model)}
 
-    Their sizes are the ends of the names: nano_m, .../llm_m. An empty name leaves that part out.
+
+def read(recipe: Any) -> dict:
+    """Make and write the LLM; returns its entry in scores.json."""
+    model, phases = reading.train(recipe.llm[-1], Path(recipe.run), recipe.seed)
+    model.half().save_pretrained(recipe.llm)
+    vocabulary.build().save_pretrained(recipe.llm)
+    return {"phases": phases, "text_only": reading.ceilings(model.float())}
+
+
+def main(recipe: Any) -> None:
+    """Write the encoder to `encoder_weights` and the LLM to `llm`, the places a recipe names, in
+    two processes at once. Their sizes are the ends of the names: nano_m, .../llm_m.
     """
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    work, seed, found = Path(recipe.run), recipe.seed, {}
-    if recipe.encoder:
-        out = Path(recipe.encoder_weights)
-        model, phases = sight.train(recipe.encoder[-1], work, seed=seed)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        weights = model.encoder.visual.half().state_dict()
-        save_file({k: v.contiguous() for k, v in weights.items()}, out)
-        model.encoder.visual.half().float()  # scored as shipped
-        found[out.stem] = {"phases": phases, "accuracy": sight.scores(model)}
-    if recipe.llm:
-        out = Path(recipe.llm)
-        model, phases = reading.train(recipe.llm[-1], work, seed=seed)
-        found[out.stem] = {"phases": phases, "text_only": reading.ceilings(model.half().float())}
-        model.half().save_pretrained(out)
-        vocabulary.build().save_pretrained(out)
+    torch.set_num_threads(1)
+    folder = Path(recipe.llm).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(2, get_context("fork")) as pool:
+        parts = {Path(recipe.encoder_weights).stem: pool.submit(see, recipe)}
+        parts[Path(recipe.llm).name] = pool.submit(read, recipe)
     note = {
         "world": world.VERSION,
-        "seed": seed,
+        "seed": recipe.seed,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "open_clip": open_clip.__version__,
     }
-    path = out.parent / "scores.json"
-    scores = json.loads(path.read_text()) if path.exists() else {}
-    scores |= {part: record | note for part, record in found.items()}
-    path.write_text(json.dumps(scores, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make the nano world's pretrained parts.")
-    parser.add_argument("--encoder", default="", help="s, m or l; nothing for none")
-    parser.add_argument("--llm", default="", help="s, m or l; nothing for none")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights")
-    parser.add_argument("--run", default="runs/nano_pretrain", help="where phases are kept")
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    main(
-        argparse.Namespace(
-            run=asked.run,
-            seed=asked.seed,
-            encoder=asked.encoder and f"nano_{asked.encoder}",
-            encoder_weights=asked.out / f"encoder_{asked.encoder}.safetensors",
-            llm=asked.llm and str(asked.out / f"llm_{asked.llm}"),
-        )
-    )
+    file = folder / "scores.json"
+    scores = json.loads(file.read_text()) if file.exists() else {}
+    scores |= {part: done.result() | note for part, done in parts.items()}
+    file.write_text(json.dumps(scores, indent=1) + "\n")
