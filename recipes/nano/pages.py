@@ -21,7 +21,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from zlib import crc32
@@ -285,7 +285,7 @@ def frames(rng: random.Random, split: str, count: int = 4) -> tuple[list[Page], 
         at = (94 - side) * (i if far else count - 1 - i) / (count - 1) + 1
         x, y = (at, moves.box[1]) if across else (moves.box[0], at)
         item = Item(moves.text, (x, y, x + side, y + side), 0)
-        pages.append(Page("scene", first.size, [item, stands], paper=first.paper))
+        pages.append(replace(first, items=[item, stands], facts=[]))
     return pages, moves.text, way
 
 
