@@ -50,7 +50,7 @@ ENCODERS = {
     "so400m_384": Row(384, 14, 1152, 26, HALF, HALF, "ViT-SO400M-14-SigLIP-384", "webli"),
     "nano_s": Row(48, 8, 64, 2, heads=4, stem=(24, 48, 64)),
     "nano_m": Row(48, 8, 96, 3, heads=6, stem=(24, 64, 96)),
-    "nano_l": Row(48, 8, 160, 4, heads=10, stem=(32, 96, 128)),
+    "nano_l": Row(48, 8, 128, 4, heads=8, stem=(32, 96, 128)),
 }
 
 

@@ -1,8 +1,10 @@
 """Why: where an answer looked, as numbers and as a picture.
 
-llava.chat("page.png", "what is the tax?")
-print(llava.seen.describe())  # grid, scale, tokens, whether the type was legible
-llava.why().save("why.png")  # where in the base view and the tiles the answer looked
+    llava.chat("page.png", "what is the tax?")
+    print(llava.seen.describe())  # grid, scale, tokens, whether the type was legible
+    llava.why().save("why.png")  # where in the base view and the tiles the answer looked
+
+Attention tells where an answer's information may have come from, not what was made of it.
 """
 
 from dataclasses import replace
@@ -51,17 +53,18 @@ def look(model: Any, document: Document, written: list[int]) -> Image.Image:
 
     The colour's strength is relative to the most looked-at visual token.
     """
+    if not document.layouts:
+        raise ValueError("the question was about no image")
     given = attention(model, document, written)
     seen = given[document.ids == IMAGE].split([p.length for p in document.layouts])
     views, panels = document.views.split([p.views for p in document.layouts]), []
-    most = max((x.max().item() for x in seen), default=1.0)
+    most = max(x.max().item() for x in seen)
     for tiles, heat, lay in zip(views, seen, document.layouts, strict=True):
         base, raster = as_maps(heat / most, lay)
         panels.append(overlay(tiles[0], base))
         if lay.views > 1:
             panels.append(tiled(tiles, raster, lay))
-    width = sum(p.width + 8 for p in panels)
-    sheet, x = Image.new("RGB", (max(8, width) - 8, HEIGHT), "white"), 0
+    sheet, x = Image.new("RGB", (sum(p.width + 8 for p in panels) - 8, HEIGHT), "white"), 0
     for panel in panels:
         sheet.paste(panel, (x, 0))
         x += panel.width + 8

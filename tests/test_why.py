@@ -76,6 +76,9 @@ def test_asking_first_is_asked_for(tiny_recipe):
     assistant.seen.written.clear()
     with pytest.raises(ValueError, match="answer is empty"):
         assistant.why()
+    assistant.chat(None, "what is it?", max_new_tokens=2)
+    with pytest.raises(ValueError, match="no image"):
+        assistant.why()
 
 
 @pytest.mark.parametrize(
