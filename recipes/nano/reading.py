@@ -27,7 +27,7 @@ from pages import Page, layout
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-# width, blocks, MLP width, heads of 16 channels: with four heads of 24, M's phase A got stuck at 85%
+# width, blocks, MLP width, heads of 16 channels (with 4 heads of 24, M stayed at 85% in phase A)
 SIZES = {"s": (64, 2, 176, 4), "m": (96, 3, 256, 6), "l": (144, 4, 384, 9)}
 # phase: steps, learning rate, the share of it that is left at the phase's end
 PHASES = {"A": (1300, 2.5e-3, 1.0), "B": (1600, 2.5e-3, 0.4), "C": (3600, 2e-3, 0.03)}
