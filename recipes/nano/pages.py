@@ -213,7 +213,7 @@ def layout(rng: random.Random, kind: str, split: str, keys: Sequence[str] = KEYS
 def _document(rng: random.Random, page: Page, split: str, names: Sequence[str]) -> None:
     keys = rng.sample(HAN if page.kind == "zh" else names, rng.randint(4, 6))
     title = rng.random() < 0.2
-    font, pitch = draw_font(rng, (11, 12, 12, 13)), 192 / (len(keys) + title)
+    font, pitch = draw_font(rng, (12, 13, 13)), 192 / (len(keys) + title)
     column = rng.choice((0, rng.uniform(50, 150)))  # values in a column, or behind their keys
     if title:
         x, y = rng.uniform(3, 100), rng.uniform(12, pitch - 4)

@@ -27,8 +27,9 @@ from pages import Page, layout
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-# width, blocks, MLP width, heads of 16 channels (with 4 heads of 24, M stayed at 85% in phase A)
-SIZES = {"s": (64, 2, 176, 4), "m": (96, 3, 256, 6), "l": (144, 4, 384, 9)}
+# width, blocks, MLP width, heads of 16 channels (with 4 heads of 24, M stayed at 85% in phase A),
+# and how many times the steps: S masters repetition late
+SIZES = {"s": (64, 2, 176, 4, 2), "m": (96, 3, 256, 6, 1), "l": (144, 4, 384, 9, 1)}
 # phase: steps, learning rate, the share of it that is left at the phase's end
 PHASES = {"A": (1300, 2.5e-3, 1.0), "B": (1600, 2.5e-3, 0.4), "C": (3600, 2e-3, 0.03)}
 MIX = (*world.MIX, *world.MIX, "zh")
@@ -64,7 +65,7 @@ TOKENS = [
 
 def build(size: str) -> Qwen2ForCausalLM:
     """A Qwen2 of a nano size (hidden, layers, MLP, heads) with random weights."""
-    hidden, layers, mlp, heads = SIZES[size]
+    hidden, layers, mlp, heads, _ = SIZES[size]
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=-(-len(TOKENIZER) // 8) * 8,
@@ -335,7 +336,7 @@ def learn(model: Qwen2ForCausalLM, rows: list[Row]) -> tuple[Tensor, dict]:
 def train(size: str, folder: Path, seed: int = 0) -> tuple[Qwen2ForCausalLM, dict]:
     """All phases; returns the model and its records."""
     torch.manual_seed(seed)
-    model = build(size)
+    model, times = build(size), SIZES[size][-1]
     a, b, c, d = (random.Random(f"reading {seed} {phase}") for phase in "ABCD")
     exercises = Exercises(a)
     twins = sorted_batches(lambda: conversations(b), 32)
@@ -354,7 +355,7 @@ def train(size: str, folder: Path, seed: int = 0) -> tuple[Qwen2ForCausalLM, dic
         "C": lambda step: learn(model, next(views if step % 4 else scenes)),
     }
     return model, {
-        phase: fit(f"llm_{size}_{phase}", model, losses[phase], steps, lr, folder, final)
+        phase: fit(f"llm_{size}_{phase}", model, losses[phase], times * steps, lr, folder, final)
         for phase, (steps, lr, final) in PHASES.items()
     }
 
