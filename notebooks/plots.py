@@ -1,6 +1,7 @@
 """One style for every figure, and the figures that more than one page shows.
 
 python notebooks/plots.py hero runs/nano notebooks/figures/hero.png
+python notebooks/plots.py scores runs/nano_0 runs/nano_1 runs/nano_2    # prints a Markdown table
 """
 
 import sys
@@ -77,6 +78,27 @@ def hero(run: str, out: str, seed: int = 3) -> None:
         verdict, colour = ("right", RIGHT) if right else ("wrong", WRONG)
         axis.text(0, y - 0.13, f"{answers[grid]}  ({verdict})", color=colour, fontsize=12)
     figure.savefig(out)
+
+
+def scores(*runs: str) -> None:
+    """Print the scores of runs with several seeds: their mean in %, and the lowest and highest."""
+    from nanollava.evaluate import read_results
+
+    rows = [row for run in runs for row in read_results(Path(run))]
+    tasks, settings = ({row[key]: None for row in rows} for key in ("task", "setting"))
+    print("| task (metric) | chance | " + " | ".join(settings) + " |")
+    print("|---" * (len(settings) + 2) + "|")
+    for task in tasks:
+        mine = [row for row in rows if row["task"] == task]
+        cells = [
+            f"{task} ({mine[0]['metric']})",
+            f"{100 * np.mean([r['chance'] for r in mine]):.0f}",
+        ]
+        for setting in settings:
+            found = [100 * row["score"] for row in mine if row["setting"] == setting]
+            spread = f" [{min(found):.1f}, {max(found):.1f}]" if len(found) > 1 else ""
+            cells.append(f"{np.mean(found):.1f}{spread}" if found else "-")
+        print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
