@@ -13,8 +13,8 @@ No picture is involved. All of it in the chat template of stage 2 or in `plain`,
 """
 
 import random
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import pages
@@ -26,6 +26,8 @@ from fit import fit
 from pages import Page, layout
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import nanollava.llm  # noqa: F401 (registers the packed attention)
 
 # width, blocks, MLP width, heads of 16 channels (with 4 heads of 24, M stayed at 85% in phase A),
 # and how many times the steps: S masters repetition late
@@ -80,6 +82,7 @@ def build(size: str) -> Qwen2ForCausalLM:
             bos_token_id=None,
             eos_token_id=END,
             pad_token_id=PAD,
+            attn_implementation="packed",
         )
     )
 
@@ -311,26 +314,19 @@ def presences(rng: random.Random, rastered: bool) -> Row:
 # ------------------------------------------------------------------------------ training
 
 
-def sorted_batches(make: Callable[[], Row], n: int, ahead: int = 16) -> Iterator[list[Row]]:
-    """Batches of n rows of like lengths (a batch is as long as its longest row), without end."""
-    rng = random.Random(0)
-    while True:
-        rows = sorted((make() for _ in range(n * ahead)), key=lambda row: len(row[0]))
-        groups = [rows[i : i + n] for i in range(0, len(rows), n)]
-        rng.shuffle(groups)
-        yield from groups
-
-
 def learn(model: Qwen2ForCausalLM, rows: list[Row]) -> tuple[Tensor, dict]:
-    """Mean loss over the learned tokens of some rows, and how many were right."""
-    length = max(len(row) for row, _ in rows)
-    tokens = torch.tensor([row + [PAD] * (length - len(row)) for row, _ in rows])
-    learned = torch.tensor([mark + [False] * (length - len(mark)) for _, mark in rows])
-    hidden = model.model(input_ids=tokens[:, :-1]).last_hidden_state[learned[:, 1:]]
-    target = tokens[:, 1:][learned[:, 1:]]
-    logits = model.lm_head(hidden).float()
+    """Mean loss over the learned tokens of some rows, packed into one, and how many were right."""
+    lengths = [len(row) for row, _ in rows]
+    tokens = torch.tensor([token for row, _ in rows for token in row])
+    learned = torch.tensor([mark for _, marks in rows for mark in marks]).nonzero()[:, 0]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    hidden = model.model(
+        input_ids=tokens[None], position_ids=positions[None], documents=lengths, use_cache=False,
+        attention_mask=torch.ones(1, 1, 1, 1),
+    ).last_hidden_state[0]  # fmt: skip
+    logits, target = model.lm_head(hidden[learned - 1]).float(), tokens[learned]
     right = (logits.argmax(-1) == target).float().mean().item()
-    return F.cross_entropy(logits, target), {"right": right, "tokens": float(tokens.numel())}
+    return F.cross_entropy(logits, target), {"right": right, "tokens": float(len(tokens))}
 
 
 def train(size: str, folder: Path, seed: int = 0) -> tuple[Qwen2ForCausalLM, dict]:
@@ -339,21 +335,21 @@ def train(size: str, folder: Path, seed: int = 0) -> tuple[Qwen2ForCausalLM, dic
     model, times = build(size), SIZES[size][-1]
     a, b, c, d = (random.Random(f"reading {seed} {phase}") for phase in "ABCD")
     exercises = Exercises(a)
-    twins = sorted_batches(lambda: conversations(b), 32)
-    near = sorted_batches(lambda: presences(b, rastered=False), 32)
-    views = sorted_batches(lambda: rasters(c), 16)
-    scenes = sorted_batches(lambda: presences(d, rastered=True), 32)
 
     def exercise(step: int) -> tuple[Tensor, dict]:
         loss, figures = learn(model, exercises(step))
         exercises.right += 0.1 * (figures["right"] - exercises.right)
         return loss, figures
 
-    losses = {
-        "A": exercise,
-        "B": lambda step: learn(model, next(twins if step % 4 else near)),
-        "C": lambda step: learn(model, next(views if step % 4 else scenes)),
-    }
+    def twins(step: int) -> tuple[Tensor, dict]:
+        make = partial(conversations, b) if step % 4 else partial(presences, b, False)
+        return learn(model, [make() for _ in range(32)])
+
+    def views(step: int) -> tuple[Tensor, dict]:
+        make, n = (partial(rasters, c), 16) if step % 4 else (partial(presences, d, True), 32)
+        return learn(model, [make() for _ in range(n)])
+
+    losses = {"A": exercise, "B": twins, "C": views}
     return model, {
         phase: fit(f"llm_{size}_{phase}", model, losses[phase], times * steps, lr, folder, final)
         for phase, (steps, lr, final) in PHASES.items()
