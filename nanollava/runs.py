@@ -87,17 +87,15 @@ def add_losses(run: str | Path, rows: Iterable[tuple]) -> None:
 class Expected:
     """A step's loss, told beside the band between the lowest and the highest of reference runs.
 
-    All of them are means of the last ten steps: single batches differ too much.
+    All of them are means of the last ten steps: single batches differ too much. Told only where
+    the reference has as many steps, since another schedule has other losses.
     """
 
-    def __init__(self, reference: str, stage: str):
+    def __init__(self, reference: str, stage: str, steps: int):
         lines = Path(reference).read_text().splitlines() if reference else []
+        rows = [row for row in csv.DictReader(lines) if row["stage"] == stage]
         self.last: deque[float] = deque(maxlen=10)
-        self.band = {
-            int(r["step"]): (r["low"], r["high"])
-            for r in csv.DictReader(lines)
-            if r["stage"] == stage
-        }
+        self.band = {int(r["step"]): (r["low"], r["high"]) for r in rows if len(rows) == steps}
 
     def tell(self, step: int, loss: float) -> str:
         """A postfix for a progress bar: "loss 0.312 (expected 0.289 to 0.331)"."""

@@ -91,9 +91,8 @@ def count_tokens(batch: list[Document] | Pack) -> dict[str, int]:
 class Report(Callback):
     """The progress bar, losses.csv, and a clean stop at SIGTERM or at a loss that is no number."""
 
-    def __init__(self, run: Path, name: str, interval: int, reference: str = ""):
-        self.run, self.name, self.interval = run, name, interval
-        self.expected = Expected(reference, name)
+    def __init__(self, run: Path, name: str, interval: int, expected: Expected):
+        self.run, self.name, self.interval, self.expected = run, name, interval, expected
         self.asked = self.stop = False  # by SIGTERM here; agreed by all processes
         self.bar, self.before = None, signal.getsignal(signal.SIGTERM)
 
@@ -192,7 +191,7 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> T
     """Composer's trainer for a stage, over a loader whose batches are lists of documents."""
     stage, run = recipe.stages[name], Path(recipe.run)
     steps = steps_of(stage, len(loader))
-    report = Report(run, name, stage.save_interval, recipe.reference)
+    report = Report(run, name, stage.save_interval, Expected(recipe.reference, name, steps))
     data = DataSpec(
         loader,
         split_batch=splitter(model.row.tile),

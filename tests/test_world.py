@@ -238,6 +238,16 @@ def test_dense_labels_name_the_glyph_at_its_place():
     assert {sight.GLYPHS[c] for c in moved.flatten() if c} == {"a", "x"}
 
 
+def test_stage_0_packs_rows_that_do_not_see_each_other():
+    reading = import_file(str(NANO / "reading.py"))
+    rng, model = random.Random(0), reading.build("s").eval()
+    rows = [reading.rasters(rng) for _ in range(3)] + [reading.records(rng, 60, 3)]
+    alone = torch.stack([reading.learn(model, [row])[0] for row in rows])
+    learned = torch.tensor([sum(marks) for _, marks in rows])
+    together = (alone * learned).sum() / learned.sum()
+    assert torch.allclose(reading.learn(model, rows)[0], together)
+
+
 @pytest.fixture
 def one_thread():
     before = torch.get_num_threads()
