@@ -17,7 +17,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from nanollava.anyres import open_image, upright_rgb
+from nanollava.anyres import Layout, open_image, upright_rgb
 from nanollava.llm import Cache
 from nanollava.model import VLM
 from nanollava.model import load as load_model
@@ -42,30 +42,33 @@ class Seen:
     seconds: float = 0.0
 
     def describe(self) -> str:
-        """What the model saw, two lines per image, and how fast it answered.
-
-        Type as high as one visual token is legible, below half of one it is not (measured on the
-        nano world, whose documents are 0.4, 0.8 and 1.1 tokens high at base, 2x2 and 3x3).
-        """
-        lines = []
-        for p, glyph in zip(self.document.layouts, self.glyphs, strict=True):
-            (a, b), (w, h) = p.grid, p.fitted if p.grid[0] else (p.tile, p.tile)
-            grid = f"grid {a}x{b} + base view" if a else "base view only"
-            lines.append(
-                f"saw {p.size[0]}x{p.size[1]} pixels as {grid}: {p.views} views of {p.tile} pixels"
-                f" (scale {w / p.size[0]:.2f} x {h / p.size[1]:.2f}), {p.views * self.features} "
-                f"features -> {p.tokens} visual tokens + {p.newlines} newlines"
-            )
-            shrunk = (p.crop[1] - p.crop[0]) / p.raster[0] if a else 1  # by a mosaic budget
-            token = shrunk * p.tile / p.side * p.size[1] / h  # its height in pixels of the image
-            seen = glyph / token
-            word = "legible" if seen >= 1 else "hardly legible" if seen >= 0.5 else "illegible"
-            known = f"type of {glyph:g} pixels is {seen:.1f} visual tokens high: {word}; "
-            lines.append(f"{known if glyph else ''}type from {token:.0f} pixels on is legible")
-        return "\n".join([*lines, (
+        """What the model saw, two lines per image, and how fast it answered."""
+        pairs = zip(self.document.layouts, self.glyphs, strict=True)
+        return "\n".join([*(describe(lay, self.features, glyph) for lay, glyph in pairs), (
             f"prompt {len(self.document.ids)} positions, {self.reused} reused; first token "
             f"{self.first:.3f} s, {len(self.written)} tokens in {self.seconds:.3f} s"
         )])  # fmt: skip
+
+
+def describe(lay: Layout, features: int, glyph: float = 0.0) -> str:
+    """Grid, scale, tokens of an image with T `features` a view, and from what size on its type is
+    legible; `glyph`: the size of its type in pixels, where it is known.
+
+    Type as high as one visual token is legible, below half of one it is not (measured on the nano
+    world, whose documents are 0.4, 0.8 and 1.1 tokens high at base, 2x2 and 3x3).
+    """
+    (a, b), (W, H), (w, h) = lay.grid, lay.size, lay.fitted if lay.grid[0] else (lay.tile, lay.tile)
+    shrunk = (lay.crop[1] - lay.crop[0]) / lay.raster[0] if a else 1  # by a mosaic budget
+    token = shrunk * lay.tile / lay.side * H / h  # its height in pixels of the image
+    seen = glyph / token
+    word = "legible" if seen >= 1 else "hardly legible" if seen >= 0.5 else "illegible"
+    known = f"type of {glyph:g} pixels is {seen:.1f} visual tokens high: {word}; " if glyph else ""
+    return (
+        f"saw {W}x{H} pixels as {f'grid {a}x{b} + base view' if a else 'base view only'}: "
+        f"{lay.views} views of {lay.tile} pixels (scale {w / W:.2f} x {h / H:.2f}), "
+        f"{lay.views * features} features -> {lay.tokens} visual tokens + {lay.newlines} newlines\n"
+        f"{known}type from {token:.0f} pixels on is legible"
+    )
 
 
 @dataclass
@@ -137,21 +140,20 @@ class Assistant:
         images: Picture | Sequence[Picture] | None,
         text: str,
         history: Sequence[tuple[str, str]] | None = None,
-        max_grid: str | None = None,
-        max_visual_tokens: str | int | None = None,
         max_new_tokens: int = 128,
         stream: bool = False,
+        **visual: str | int | bool | None,
     ) -> str | Iterator[str]:
         """Answer a question about images, after the (question, answer) pairs of `history`.
 
-        `max_grid` and `max_visual_tokens` replace the recipe's. `self.seen` then tells the grid,
-        tokens and times. Raises ValueError for an unreadable image or an impossible setting.
+        `visual` replaces keys of the recipe's, e.g. max_grid="3x3", max_visual_tokens="10T".
+        `self.seen` then tells the grid, tokens and times. Raises ValueError for an unreadable image
+        or an impossible setting.
         """
         images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
         pictures = [upright_rgb(x) if isinstance(x, Image) else open_image(x) for x in images]
-        changes = {"max_grid": max_grid, "max_visual_tokens": max_visual_tokens}
-        changes = {k: str(v) for k, v in changes.items() if v is not None}
-        visual = with_visual(self.model.recipe, changes).visual
+        changes = {key: value for key, value in visual.items() if value is not None}
+        keys = with_visual(self.model.recipe, changes).visual
         for pair in history or []:
             if not isinstance(pair, (tuple, list)) or [type(x) for x in pair] != [str, str]:
                 raise ValueError(f"history has {pair!r:.80}; expected (question, answer) pairs")
@@ -161,8 +163,8 @@ class Assistant:
             n = len(pictures) if i == 0 else 0
             turns.append(Turn("user", f"{PLACEHOLDER}\n" * n + question, n))
             turns += [Turn("assistant", reply)] if reply is not None else []
-        document = self.model.writer(visual)(turns, pictures, name="chat", answer=True)
-        key = (visual, [(x.size, hash(x.tobytes())) for x in pictures])
+        document = self.model.writer(keys)(turns, pictures, name="chat", answer=True)
+        key = (keys, [(x.size, hash(x.tobytes())) for x in pictures])
         glyphs = tuple(float(x.info.get("glyph_px", 0)) for x in pictures)
         pieces = self._speak(document, glyphs, key, max_new_tokens)
         return pieces if stream else "".join(pieces)

@@ -1,0 +1,319 @@
+"""The demo in a real browser, and by Gradio's own client; the nano model in demo/nano answers."""
+
+import base64
+import io
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from gradio_client import Client, handle_file
+from PIL import Image
+
+import nanollava
+from nanollava.generate import Assistant
+from nanollava.sources import import_file
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "recipes/nano/handmade/table.png"
+QUESTION = "What is the gate?"
+CHROMIUM = shutil.which("chromium")
+
+sys.path.insert(0, str(ROOT / "demo"))
+app = import_file(str(ROOT / "demo/app.py"))
+views = sys.modules["views"]
+
+
+@pytest.fixture(scope="module")
+def address():
+    """The demo, served by this process."""
+    page = app.serve([str(ROOT / "demo/nano")], prevent_thread_lock=True, quiet=True)
+    yield page.local_url
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if not CHROMIUM:
+        pytest.skip("needs Debian's chromium: apt install chromium")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-quic", "--disable-background-networking"]
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(chromium, address):
+    """Open the demo as a visitor of one's own."""
+    opened = []
+
+    def visit(width=1280, height=900, **keys):
+        page = chromium.new_context(viewport={"width": width, "height": height}, **keys).new_page()
+        page.set_default_timeout(20_000)
+        page.goto(address)
+        page.wait_for_selector("#question textarea")
+        opened.append(page)
+        return page
+
+    yield visit
+    for page in opened:
+        page.context.close()
+
+
+def drop(page, *files):
+    page.set_input_files("#question input[type=file]", list(map(str, files)))
+
+
+def ask(page, text):
+    """Type and press Enter; returns the answers when they have stopped growing."""
+    before = page.locator("#conversation .question").count()
+    page.fill("#question textarea", text)
+    page.press("#question textarea", "Enter")
+    page.wait_for_function(
+        f"document.querySelectorAll('#conversation .question').length > {before % 20}"
+    )
+    return settled(page)
+
+
+def settled(page):
+    said = None
+    while said != (said := page.locator("#conversation .answers").last.inner_text()) or "…" in said:
+        page.wait_for_timeout(400)
+    return [a.inner_text() for a in page.locator("#conversation .answers").last.locator("p").all()]
+
+
+def slide(page, label, value):
+    box = page.get_by_role("spinbutton", name=re.compile(label)).first
+    box.fill(str(value))
+    box.press("Tab")
+
+
+def tokens(page):
+    return int(page.get_attribute("#sees b[data-tokens]", "data-tokens"))
+
+
+def broken(tmp_path):
+    file = tmp_path / "broken.png"
+    file.write_bytes(PAGE.read_bytes()[:200])
+    return file
+
+
+def film(path: Path) -> Path:
+    """Eleven frames of 96x96, each a grey of its own."""
+    with av.open(str(path), "w") as video:
+        stream = video.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 96
+        for i in range(11):
+            grey = av.VideoFrame.from_ndarray(np.full((96, 96, 3), 20 * i, np.uint8), "rgb24")
+            video.mux(stream.encode(grey))
+        video.mux(stream.encode())
+    return path
+
+
+# ------------------------------------------------------------------------------ in a browser
+
+
+def test_a_visitor_sees_in_a_minute_that_tiles_matter(tab):
+    page = tab()
+    drop(page, PAGE)
+    page.wait_for_selector("#sees .tiles img")
+    assert page.locator("#sees .tiles img").count() == 9 and tokens(page) == 360
+    llava = nanollava.load(ROOT / "demo/nano")
+    assert ask(page, QUESTION) == [llava.chat(PAGE, QUESTION)] == ["gate 36"]
+    slide(page, "Largest grid: n", 1)
+    page.wait_for_function("document.querySelectorAll('#sees .tiles img').length == 1")
+    assert tokens(page) == 72
+    assert ask(page, QUESTION) != ["gate 36"]
+    slide(page, "Largest grid: n", 3)
+    slide(page, "Most visual tokens,", 5)
+    page.wait_for_function("document.querySelector('#sees b').innerText.includes('160 visual')")
+    names = [img.get_attribute("alt") for img in page.locator("#sees img").all()]
+    assert len(names) == 11 and all(names)
+
+
+def test_a_second_question_reuses_the_image_and_why_shows_where(tab):
+    page = tab()
+    drop(page, PAGE)
+    page.wait_for_selector("#sees .tiles img")
+    ask(page, QUESTION)
+    assert ask(page, "What is the bus?") == ["bus 59"]
+    page.get_by_text("Speed and memory").click()
+    reused = page.locator("#speed tr", has_text="reused").inner_text()
+    assert int(re.search(r"(\d+) of them reused", reused)[1]) > 360
+    page.get_by_role("button", name="Why?").click()
+    assert page.wait_for_selector("#why img").get_attribute("alt")
+
+
+def test_two_answers_side_by_side(tab):
+    page = tab()
+    drop(page, PAGE)
+    page.wait_for_selector("#sees .tiles img")
+    page.get_by_text("Answer at a second setting too").click()
+    page.get_by_label("Two answers, side by side").check()
+    first, second = ask(page, QUESTION)
+    assert first == "gate 36" != second
+    boxes = [card.bounding_box() for card in page.locator("#conversation .answer").all()]
+    assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] < boxes[1]["x"]
+
+
+def test_a_broken_file_is_refused_and_nothing_is_lost(tab, tmp_path):
+    page = tab()
+    drop(page, PAGE)
+    page.wait_for_selector("#sees .tiles img")
+    ask(page, QUESTION)
+    drop(page, broken(tmp_path))
+    told = page.wait_for_selector("#conversation [role=alert]").inner_text()
+    assert told.startswith("broken.png: unreadable image")
+    assert page.locator("#conversation .question").count() == 1
+    assert ask(page, "What is the bus?") == ["bus 59"]
+
+
+def test_two_visitors_at_once_have_conversations_of_their_own(tab):
+    one, other = tab(), tab()
+    drop(one, PAGE)
+    one.wait_for_selector("#sees .tiles img")
+    for page, text in ((one, QUESTION), (other, "What does a red circle eat?")):
+        page.fill("#question textarea", text)
+    one.press("#question textarea", "Enter")
+    other.press("#question textarea", "Enter")
+    for page in (one, other):
+        page.wait_for_selector("#conversation .answer")
+    assert settled(one) == ["gate 36"] and settled(other)[0].startswith("red circle eats")
+    assert other.locator("#sees img").count() == 0
+    assert one.locator("#conversation .question").all_inner_texts() == [QUESTION]
+
+
+def test_an_answer_can_be_stopped_and_asked_again(tab, monkeypatch):
+    page, whole = tab(), Assistant._next
+    drop(page, PAGE)
+    page.wait_for_selector("#sees .tiles img")
+    slow = lambda *a: time.sleep(0.5) or whole(*a)  # noqa: E731
+    monkeypatch.setattr(Assistant, "_next", slow)
+    page.fill("#question textarea", "Read the text.")
+    page.press("#question textarea", "Enter")
+    page.wait_for_function("document.querySelector('.answer p')?.innerText.length > 2")
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_selector("#conversation .note")
+    monkeypatch.setattr(Assistant, "_next", whole)
+    (part,) = settled(page)
+    time.sleep(2)
+    assert settled(page) == [part], "it went on after Stop"
+    page.get_by_role("button", name="Retry").click()
+    page.wait_for_selector("#conversation .note", state="detached")
+    (all_of_it,) = settled(page)
+    assert all_of_it.startswith(part) and "bus 59" in all_of_it
+
+
+def test_what_is_typed_stays_text(tab):
+    page = tab()
+    typed = "<|im_end|> <b onmouseover=alert(1)>tax</b> <image> ?"
+    ask(page, typed)
+    assert page.locator("#conversation .question").inner_text() == typed
+    assert page.locator("#conversation .question b").count() == 0
+
+
+def test_a_new_page_has_a_question_and_its_truth(tab):
+    page = tab()
+    page.get_by_role("button", name="New page").click()
+    page.wait_for_selector("#sees .tiles img")
+    question = page.input_value("#question textarea")
+    page.get_by_text("What the page really says").click()
+    truth = page.input_value("#truth textarea")
+    key = question.removeprefix("What is the ").removesuffix("?")
+    assert re.search(rf"^{key} \d+$", truth, re.M)
+
+
+@pytest.mark.slow
+def test_screenshots_light_dark_and_phone(tab):
+    """Writes README.md's picture, and two more into runs/ for the eye."""
+    (ROOT / "runs").mkdir(exist_ok=True)
+    for name, keys in {
+        "notebooks/figures/demo.png": {},
+        "runs/demo_dark.png": {"color_scheme": "dark"},
+        "runs/demo_phone.png": {"width": 390},
+    }.items():
+        page = tab(**keys)
+        drop(page, PAGE)
+        page.wait_for_selector("#sees .tiles img")
+        page.get_by_text("Answer at a second setting too").click()
+        page.get_by_label("Two answers, side by side").check()
+        assert ask(page, QUESTION)[0] == "gate 36"
+        page.get_by_role("button", name="Why?").click()
+        page.wait_for_selector("#why img")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
+        page.screenshot(path=ROOT / name, full_page=True)
+
+
+# ------------------------------------------------------------------------------ without one
+
+
+def test_the_client_gets_the_answer_in_pieces(address):
+    client = Client(address, verbose=False)
+    message = {"text": QUESTION, "files": [handle_file(str(PAGE))]}
+    job = client.submit(message, "nano", 3, 10, "bilinear", False, 0, 10, api_name="/ask")
+    final, *_ = job.result()
+    assert "gate 36" in final and len(job.outputs()) > 2
+
+
+def test_files_of_the_server_are_not_served(address):
+    import httpx
+
+    for name in ("README.md", "requirements.txt", "/etc/passwd", str(ROOT / "README.md"),
+                 "demo/nano/model.safetensors"):  # fmt: skip
+        assert httpx.get(f"{address}gradio_api/file={name}").status_code in (403, 404), name
+
+
+def test_limits_are_told(tmp_path, monkeypatch):
+    Image.new("L", (7000, 7000)).save(tmp_path / "large.png")
+    for file, told in (
+        (tmp_path / "large.png", "large.png: 7000 x 7000 pixels; the limit is 40,000,000"),
+        (broken(tmp_path), "broken.png: unreadable image"),
+        (shutil.copy(broken(tmp_path), tmp_path / "a.mp4"), "a.mp4: unreadable video"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            app.Visit().take([str(file)])
+    with pytest.raises(ValueError, match="9 files; give at most 8"):
+        app.Visit().take(["x.png"] * 9)
+    monkeypatch.setattr(app, "MEGABYTES", 0)
+    with pytest.raises(ValueError, match="bytes; the limit is 0 MB"):
+        app.Visit().take([str(PAGE)])
+
+
+def said(visit, text, grid=3, budget=10, twice=False):
+    return list(app.ask(visit, {"text": text}, "nano", grid, budget, "bilinear", twice, 0, 1))
+
+
+def test_questions_are_limited_and_refusals_keep_what_was_typed(address, monkeypatch):
+    visit = app.Visit()
+    for text, told in (("", "Type a question"), ("x" * 501, "501 characters")):
+        (last,) = said(visit, text)
+        assert told in last[0] and last[1]["text"] == text and not visit.exchanges
+    visit.take([str(PAGE)])
+    (last,) = said(visit, QUESTION, budget=0)
+    assert "below one token" in last[0] and last[1]["text"] == QUESTION and not visit.exchanges
+    visit.exchanges = [views.Exchange("a", ["b"], ["c"])] * app.QUESTIONS
+    assert "press Clear" in said(visit, QUESTION)[-1][0]
+    visit.exchanges = []
+    monkeypatch.setattr(app, "SECONDS", -1)
+    assert "Stopped after -1 seconds" in said(visit, QUESTION)[-1][0]
+
+
+def test_a_video_becomes_frames(tmp_path):
+    visit = app.Visit()
+    visit.take([str(film(tmp_path / "film.mp4"))])
+    greys = [image.getpixel((48, 48))[0] for image in visit.images]
+    assert len(greys) == app.FRAMES and np.abs(np.array(greys) - [0, 60, 120, 200]).max() < 4
+
+
+def test_pictures_carry_their_pixels_and_escape_their_names():
+    tag = views.picture(Image.new("RGB", (900, 30), "red"), '"><script>')
+    data = base64.b64decode(re.search(r"base64,([^\"]+)", tag)[1])
+    assert Image.open(io.BytesIO(data)).size == (views.LARGEST, 12)
+    assert "<script>" not in tag and tag.count('"') == 6
