@@ -1,23 +1,52 @@
 """One style for every figure, and the figures that more than one page shows.
 
-python notebooks/plots.py hero runs/nano notebooks/figures/hero.png
-python notebooks/plots.py scores runs/nano_0 runs/nano_1 runs/nano_2    # prints a Markdown table
+    python notebooks/plots.py hero runs/nano notebooks/figures/hero.png
+    python notebooks/plots.py scores runs/nano_0 runs/nano_1 runs/nano_2    # a Markdown table
+
+The blog's numbers (blog.json) are drawn hollow, ours filled, intervals as bars; all of it can be
+read in grey.
 """
 
+import json
 import sys
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+from IPython.display import HTML
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+import nanollava
+from nanollava.anyres import Layout, cut_views, open_image
+from nanollava.evaluate import read_results
+from nanollava.prompts import IGNORE, IMAGE
+from nanollava.runs import read_losses
+from nanollava.sources import function_of
+
 ROOT = Path(__file__).parent.parent
+BLOG = json.loads(Path(__file__).with_name("blog.json").read_text())
 INK, GRID, BASE, RIGHT, WRONG = "#1a1a1a", "#d1495b", "#2e4057", "#2a7f62", "#b3261e"
+OURS = ("#2e4057", "#8d99ae", "#d1495b", "#edae49")  # dark and light enough to tell apart in grey
 plt.rcParams["font.size"] = 9
 plt.rcParams["text.color"] = INK
-plt.rcParams["figure.dpi"] = 150
+plt.rcParams["figure.dpi"] = 110
+plt.rcParams["savefig.dpi"] = 150
 plt.rcParams["savefig.bbox"] = "tight"
+plt.rcParams["axes.spines.top"] = plt.rcParams["axes.spines.right"] = False
+
+
+def blog(table: str, *columns: str, rows: Sequence[int] | None = None) -> pd.DataFrame:
+    """A table of the blog as printed (`columns` and `rows` of it); its section is its caption."""
+    keys = BLOG["tables"][table]
+    frame = pd.DataFrame(keys["rows"], columns=[*keys["factors"], *keys["metrics"]])
+    frame = frame.iloc[list(rows)] if rows is not None else frame
+    frame = frame[list(columns)] if columns else frame
+    frame.attrs = {"title": f"{table}: {keys['title']} (Section {keys['section']})"}
+    return frame.style.format(precision=1).hide(axis="index").set_caption(frame.attrs["title"])
 
 
 def picture(axis, image, title: str = "", edge: str = INK) -> None:
@@ -26,28 +55,44 @@ def picture(axis, image, title: str = "", edge: str = INK) -> None:
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=9)
     for spine in axis.spines.values():
-        spine.set(color=edge, linewidth=1.2)
+        spine.set(color=edge, linewidth=1.2, visible=True)
 
 
-def grid_over(axis, image: Image.Image, lay) -> None:
+def grid_over(axis, image: Image.Image, lay: Layout) -> None:
     """The chosen grid drawn over the image, in the image's own pixels."""
     (a, b), (left, top), (w, h) = lay.grid, lay.offset, lay.fitted
     picture(axis, image, f"{image.width}x{image.height} pixels, grid {a}x{b}")
-    sx, sy = image.width / w, image.height / h
     for i in range(a):
         for j in range(b):
+            sx, sy = image.width / w, image.height / h
             x, y = (i * lay.tile - left) * sx, (j * lay.tile - top) * sy
             axis.add_patch(
                 Rectangle((x, y), lay.tile * sx, lay.tile * sy, fill=False, ec=GRID, lw=1.2)
             )
+    axis.set(xlim=(-0.02 * image.width, 1.02 * image.width))
+
+
+def tiles_of(views: np.ndarray, lay: Layout, gap: int = 2) -> np.ndarray:
+    """(N, R, R, 3) views -> the tiles in their places with a white gap around each."""
+    (a, b), tiles = lay.grid, np.pad(views[1:], ((0, 0), (gap,) * 2, (gap,) * 2, (0, 0)),
+                                     constant_values=255)  # fmt: skip
+    rows = tiles.reshape(b, a, *tiles.shape[1:]).transpose(0, 2, 1, 3, 4)  # (b, R, a, R, 3)
+    return rows.reshape(b * tiles.shape[1], a * tiles.shape[2], 3)
+
+
+def views(image: Image.Image, lay: Layout, axes=None) -> None:
+    """An image under its grid, its base view and its tiles, in three axes."""
+    if axes is None:
+        axes = plt.subplots(1, 3 if lay.grid[0] else 2, figsize=(8, 2.6))[1]
+    cut, (a, b), R = cut_views(image, lay).permute(0, 2, 3, 1).numpy(), lay.grid, lay.tile
+    grid_over(axes[0], image, lay)
+    picture(axes[1], cut[0], f"base view: {R}x{R}", BASE)
+    if a:
+        picture(axes[2], tiles_of(cut, lay), f"{a * b} tiles: {R}x{R} each", "white")
 
 
 def hero(run: str, out: str, seed: int = 3) -> None:
     """A page, its base view, its tiles, its tokens, and the answer with and without tiles."""
-    import nanollava
-    from nanollava.anyres import cut_views, open_image
-    from nanollava.sources import function_of
-
     llava = nanollava.load(run)
     make = function_of(f"{ROOT}/recipes/nano/world.py:doc")
     record = list(make(split="test", count=seed + 1, seed=7))[seed]
@@ -56,21 +101,13 @@ def hero(run: str, out: str, seed: int = 3) -> None:
     answers = {g: llava.chat(image, question, max_grid=g) for g in ("base", "3x3")}
     llava.chat(image, question)
     (lay,) = llava.seen.document.layouts
-    views = cut_views(image, lay).permute(0, 2, 3, 1).numpy()
-    a, b = lay.grid
-
     figure = plt.figure(figsize=(10, 2.9))
     columns = figure.add_gridspec(1, 4, width_ratios=[1.1, 0.75, 1.1, 1.5], wspace=0.12)
-    grid_over(figure.add_subplot(columns[0]), image, lay)
-    picture(figure.add_subplot(columns[1]), views[0], "base view: 48x48", BASE)
-    gap = np.pad(views[1:], ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
-    tiles = gap.reshape(b, a, *gap.shape[1:]).transpose(0, 2, 1, 3, 4)  # (b, R, a, R, 3)
-    tiles = tiles.reshape(b * gap.shape[1], a * gap.shape[2], 3)
-    picture(figure.add_subplot(columns[2]), tiles, f"{a * b} tiles: 48x48 each", "white")
-    axis = figure.add_subplot(columns[3])
+    views(image, lay, [figure.add_subplot(column) for column in columns][:3])
+    axis = figure.axes[3] if len(figure.axes) > 3 else figure.add_subplot(columns[3])
     axis.axis("off")
-    T = llava.model.row.side**2
-    axis.text(0, 0.93, f"({a}x{b} + 1) x {T} = {lay.tokens} visual tokens", weight="bold")
+    formula = f"({lay.grid[0]}x{lay.grid[1]} + 1) x {llava.model.row.side**2}"
+    axis.text(0, 0.93, f"{formula} = {lay.tokens} visual tokens", weight="bold")
     axis.text(0, 0.74, question, style="italic")
     for y, (grid, name) in zip((0.52, 0.22), (("base", "base view alone"), ("3x3", "with tiles"))):
         right = answers[grid].split()[-1:] == [record["answer"]]
@@ -80,20 +117,103 @@ def hero(run: str, out: str, seed: int = 3) -> None:
     figure.savefig(out)
 
 
+def figure_1(images: Sequence[Image.Image], kinds: dict[str, Sequence[Layout]]) -> None:
+    """The blog's Figure 1: each coloured square is a feature map that is encoded by itself."""
+    shape = len(kinds), 2 * len(images)
+    figure, axes = plt.subplots(*shape, figsize=(2 * shape[1], 2.3 * shape[0]), squeeze=False)
+    for row, (name, layouts) in zip(axes, kinds.items()):
+        for i, (image, lay) in enumerate(zip(images, layouts, strict=True)):
+            (a, b), (axis, squares) = lay.grid, row[2 * i : 2 * i + 2]
+            grid_over(axis, image, lay)
+            colours = plt.cm.viridis(np.linspace(0.1, 0.9, a * b)).reshape(b, a, 4)
+            squares.imshow(colours, extent=(0, a, b, 0))
+            squares.add_patch(Rectangle((-1.4, 0), 1, 1, color=GRID))
+            squares.set(xlim=(-1.5, a + 0.1), ylim=(b + 0.1, -0.1), aspect="equal")
+            squares.axis("off")
+            squares.set_title(f"{name}:\n{a} x {b} + 1 maps", fontsize=9)
+    figure.tight_layout()
+
+
+def losses(run: str | Path) -> None:
+    """The training curves of a run: every step, and the mean of ten."""
+    rows = [row for row in read_losses(run) if row["source"] == "all"]
+    names = list(dict.fromkeys(row["stage"] for row in rows))
+    _, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.2), squeeze=False)
+    for axis, name in zip(axes[0], names):
+        loss = np.array([float(row["loss"]) for row in rows if row["stage"] == name])
+        axis.plot(loss, color=OURS[1], lw=0.7)
+        mean = np.convolve(loss, np.ones(10) / 10, "valid")
+        axis.plot(np.arange(len(mean)) + 9, mean, color=OURS[0])
+        axis.set(title=f"{name}: loss", xlabel="step", ylim=(0, None))
+
+
+def bars(rows: Sequence[dict], against: str = "task", by: str = "setting") -> None:
+    """Scores with their 95% intervals, in %: groups `against`, one bar for each `by`; a line marks
+    what chance gives.
+    """
+    groups = list(dict.fromkeys(row[against] for row in rows))
+    names = list(dict.fromkeys(row[by] for row in rows))
+    _, axis = plt.subplots(figsize=(1.2 + 1.1 * len(groups), 2.6))
+    for i, name in enumerate(names):
+        mine = [row for row in rows if row[by] == name]
+        x = [groups.index(row[against]) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
+             for row in mine]  # fmt: skip
+        score, low, high = (np.array([100 * row[key] for row in mine])
+                            for key in ("score", "low", "high"))  # fmt: skip
+        axis.bar(x, score, 0.75 / len(names), color=OURS[i % 4], label=name)
+        axis.errorbar(
+            x, score, [score - low, high - score], fmt="none", ecolor=INK, lw=1, capsize=2
+        )
+        chance = [100 * row["chance"] for row in mine]
+        axis.hlines(chance, np.array(x) - 0.4 / len(names), np.array(x) + 0.4 / len(names),
+                    color=INK, ls=":")  # fmt: skip
+    axis.set(xticks=range(len(groups)), ylabel="score, %", ylim=(0, 105))
+    axis.set_xticklabels([str(g).removeprefix("nano-") for g in groups], rotation=30, ha="right")
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def beside(blog: dict[str, float], ours: Sequence[dict], names: tuple[str, str]) -> None:
+    """The blog's scores (hollow) and ours (filled, with intervals) over the same settings: two
+    panels, since the numbers themselves cannot be compared.
+    """
+    _, axes = plt.subplots(1, 2, figsize=(6.4, 2.3))
+    axes[0].plot(list(blog), list(blog.values()), "o-", mfc="white", color=INK)
+    score, low, high = (np.array([100 * row[key] for row in ours])
+                        for key in ("score", "low", "high"))  # fmt: skip
+    x = [row["setting"] for row in ours]
+    axes[1].errorbar(x, score, [score - low, high - score], fmt="o-", color=OURS[0], capsize=3)
+    for axis, name in zip(axes, names):
+        axis.set_title(name, fontsize=9)
+        axis.tick_params(axis="x", labelrotation=20)
+        axis.margins(x=0.15)
+
+
+def label_mask(tokenizer, ids: Sequence[int], labels: Sequence[int]) -> HTML:
+    """A document's text: what is learned in bold on green, each image as one box."""
+    shown, last = [], None
+    for token, label in zip(map(int, ids), map(int, labels)):
+        if token == IMAGE:
+            shown += [
+                "" if last == IMAGE else "<span style='border:1px solid'>&nbsp;image&nbsp;</span>"
+            ]
+        else:
+            text = escape(tokenizer.decode([token])).replace("\n", "&#8629;<br>")
+            bold = "background:#bfe3d0;color:#1a1a1a;font-weight:bold"
+            shown.append(text if label == IGNORE else f"<span style='{bold}'>{text}</span>")
+        last = token
+    return HTML(f"<div style='font-family:monospace'>{''.join(shown)}</div>")
+
+
 def scores(*runs: str) -> None:
     """Print the scores of runs with several seeds: their mean in %, and the lowest and highest."""
-    from nanollava.evaluate import read_results
-
     rows = [row for run in runs for row in read_results(Path(run))]
     tasks, settings = ({row[key]: None for row in rows} for key in ("task", "setting"))
     print("| task (metric) | chance | " + " | ".join(settings) + " |")
     print("|---" * (len(settings) + 2) + "|")
     for task in tasks:
         mine = [row for row in rows if row["task"] == task]
-        cells = [
-            f"{task} ({mine[0]['metric']})",
-            f"{100 * np.mean([r['chance'] for r in mine]):.0f}",
-        ]
+        chance = np.mean([row["chance"] for row in mine])
+        cells = [f"{task} ({mine[0]['metric']})", f"{100 * chance:.0f}"]
         for setting in settings:
             found = [100 * row["score"] for row in mine if row["setting"] == setting]
             spread = f" [{min(found):.1f}, {max(found):.1f}]" if len(found) > 1 else ""

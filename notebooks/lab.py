@@ -1,0 +1,55 @@
+"""What the notebooks do: score nano tasks at some settings, train a short stage 2."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanollava.evaluate import evaluate_task
+from nanollava.generate import Assistant
+from nanollava.recipe import read_recipe, with_visual, write_recipe
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "demo" / "nano"
+QUICK = "NANOLLAVA_QUICK" in os.environ  # as the tests run: fewer questions and steps, same cells
+
+
+def measure(
+    llava: Assistant, tasks: Sequence[str], settings: dict[str, dict], n: int = 300, split="test"
+) -> list[dict]:
+    """Score a model on nano tasks ("nano-doc") at visual settings, n questions each; returns a row
+    for each pair, with its 95% interval over questions and what chance gives.
+    """
+    known, rows = read_recipe(ROOT / "recipes/nano.yaml").tasks, []
+    for name, keys in tqdm(settings.items(), "settings"):
+        visual = with_visual(llava.model.recipe, keys).visual
+        for task in tasks:
+            asked = replace(known[task], samples=20 if QUICK else n, split=split)
+            rows.append({"setting": name, **evaluate_task(llava, task, asked, visual)})
+    return rows
+
+
+def tune(name: str, steps: int, *overrides: str) -> str:
+    """Stage 2 once more, `steps` from the shipped model, with some keys changed; returns the run.
+
+    A run of these keys that is there already is not repeated. Raises CalledProcessError where it
+    fails; its output is shown.
+    """
+    run, steps = ROOT / "runs" / "notebooks" / name, 4 if QUICK else steps
+    recipe = read_recipe(ROOT / "recipes/nano.yaml", list(overrides))
+    stage = replace(recipe.stages["stage2"], sources={"instructions": 1}, duration=f"{steps}ba")
+    samples = replace(recipe.sources["instructions"], samples=steps * stage.batch_size)
+    changed = {"tasks": {}, "settings": {}, "sources": {"instructions": samples},
+               "stages": {"start": stage, "stage2": stage}, "run": str(run),
+               "data": f"{ROOT}/data/nano"}  # fmt: skip
+    (run / "start").mkdir(parents=True, exist_ok=True)
+    shutil.copy(SHIPPED / "model.safetensors", run / "start")  # a stage that is done is loaded
+    write_recipe(replace(recipe, **changed), run / "asked.yaml")
+    command = [sys.executable, "-m", "nanollava", "train", str(run / "asked.yaml")]
+    subprocess.run(command, check=True)
+    return str(run)

@@ -1,0 +1,64 @@
+"""Run notebooks from top to bottom and keep their outputs.
+
+    python notebooks/run.py notebooks/01*.ipynb                    # the outputs that are committed
+    NANOLLAVA_QUICK=1 python notebooks/run.py --check notebooks/*.ipynb     # shorter, nothing kept
+
+A cell that fails stops the run with its traceback. Progress bars keep their last state only.
+"""
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+LIMIT = 300_000  # bytes of a committed notebook
+
+
+def clean(notebook: NotebookNode) -> None:
+    """Drop what a rerun would change for no reason, and what names this machine."""
+    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3",
+                                        "language": "python"}}  # fmt: skip
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        kept: list[NotebookNode] = []
+        for output in cell.get("outputs", []):
+            stream = output.get("name") if output.output_type == "stream" else None
+            if stream and kept and kept[-1].get("name") == stream:
+                kept[-1].text += output.text
+            else:
+                kept.append(output)
+        for output in kept:
+            if output.output_type == "stream":
+                lines = output.text.replace("\r\n", "\n").split("\n")
+                text = "\n".join(line.rstrip("\r").split("\r")[-1] for line in lines)
+                output.text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+        if cell.cell_type == "code":
+            cell.outputs = kept
+
+
+def run(file: Path) -> NotebookNode:
+    """A notebook's cells, run in its own folder; raises at the first cell that fails."""
+    notebook = nbformat.read(file, as_version=4)
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": file.parent}}).execute()
+    clean(notebook)
+    return notebook
+
+
+def main(*names: str) -> None:
+    """Run each; unless --check is given, write the outputs back."""
+    for file in (Path(name) for name in names if name != "--check"):
+        start, notebook = time.time(), run(file)
+        text = nbformat.writes(notebook)
+        print(f"{file.name}: {time.time() - start:.0f} s, {len(text) / 1000:.0f} KB", flush=True)
+        if len(text) > LIMIT:
+            raise ValueError(f"{file}: {len(text)} bytes; a notebook may have {LIMIT}")
+        if "--check" not in names:
+            file.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
