@@ -5,13 +5,18 @@ a folder named `.part` that gets its real name when it is complete. What cannot 
 named in `bad.json` and left out; nothing is ever replaced by another sample.
 """
 
+import getpass
 import hashlib
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import torch.distributed as dist
 from filelock import FileLock
 from streaming import MDSWriter, Stream, StreamingDataLoader, StreamingDataset
 from tqdm import tqdm
@@ -119,6 +124,18 @@ class Loader(StreamingDataLoader):
         return len(batch)
 
 
+@contextmanager
+def alone_on_this_machine() -> Iterator[None]:
+    """One run at a time: streaming gives the next free name to its shared memory, and two runs
+    that look for one at the same moment would take the same.
+    """
+    lock = FileLock(Path(tempfile.gettempdir(), f"nanollava-{getpass.getuser()}.lock"))
+    with lock if os.environ.get("LOCAL_RANK", "0") == "0" else nullcontext():
+        if dist.is_initialized():
+            dist.barrier()  # the other processes of this run look once the first has its turn
+        yield
+
+
 def make_loader(recipe: Recipe, stage: Stage, writer: Writer, processes: int) -> Loader:
     """One stage's mix. The order depends on the seed alone, not on the number of processes."""
     if stage.batch_size % processes:
@@ -131,10 +148,11 @@ def make_loader(recipe: Recipe, stage: Stage, writer: Writer, processes: int) ->
         for name, times in stage.sources.items()
         if times
     ]
-    dataset = Documents(
-        writer, streams=streams, shuffle=True, shuffle_seed=recipe.seed, batch_size=batch,
-        num_canonical_nodes=1,
-    )  # fmt: skip
+    with alone_on_this_machine():
+        dataset = Documents(
+            writer, streams=streams, shuffle=True, shuffle_seed=recipe.seed, batch_size=batch,
+            num_canonical_nodes=1,
+        )  # fmt: skip
     return Loader(
         dataset, batch_size=batch, num_workers=recipe.workers, collate_fn=list, drop_last=True,
         persistent_workers=False, prefetch_factor=4 if recipe.workers else None,

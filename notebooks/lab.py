@@ -38,18 +38,19 @@ def tune(name: str, steps: int, *overrides: str) -> str:
     """Stage 2 once more, `steps` from the shipped model, with some keys changed; returns the run.
 
     A run of these keys that is there already is not repeated. Raises CalledProcessError where it
-    fails; its output is shown.
+    fails; its output is shown. (A process of its own: a notebook's kernel cannot fork workers.)
     """
     run, steps = ROOT / "runs" / "notebooks" / name, 4 if QUICK else steps
     recipe = read_recipe(ROOT / "recipes/nano.yaml", list(overrides))
     stage = replace(recipe.stages["stage2"], sources={"instructions": 1}, duration=f"{steps}ba")
     samples = replace(recipe.sources["instructions"], samples=steps * stage.batch_size)
-    changed = {"tasks": {}, "settings": {}, "sources": {"instructions": samples},
-               "stages": {"start": stage, "stage2": stage}, "run": str(run),
-               "data": f"{ROOT}/data/nano"}  # fmt: skip
     (run / "start").mkdir(parents=True, exist_ok=True)
     shutil.copy(SHIPPED / "model.safetensors", run / "start")  # a stage that is done is loaded
-    write_recipe(replace(recipe, **changed), run / "asked.yaml")
+    changed = replace(
+        recipe, run=str(run), data=str(ROOT / "data" / "nano"), tasks={}, settings={},
+        sources={"instructions": samples}, stages={"start": stage, "stage2": stage},
+    )  # fmt: skip
+    write_recipe(changed, run / "asked.yaml")
     command = [sys.executable, "-m", "nanollava", "train", str(run / "asked.yaml")]
     subprocess.run(command, check=True)
     return str(run)

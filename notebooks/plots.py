@@ -22,8 +22,10 @@ from PIL import Image
 
 import nanollava
 from nanollava.anyres import Layout, cut_views, open_image
+from nanollava.cost import forward_flops, rates
 from nanollava.evaluate import read_results
-from nanollava.prompts import IGNORE, IMAGE
+from nanollava.prompts import IGNORE, IMAGE, Turn
+from nanollava.recipe import with_visual
 from nanollava.runs import read_losses
 from nanollava.sources import function_of
 
@@ -132,6 +134,30 @@ def figure_1(images: Sequence[Image.Image], kinds: dict[str, Sequence[Layout]]) 
             squares.axis("off")
             squares.set_title(f"{name}:\n{a} x {b} + 1 maps", fontsize=9)
     figure.tight_layout()
+
+
+def budget(model, image: Image.Image, grid: str, tau: str) -> None:
+    """One image under a grid and a budget: where its tokens lie, and what a question about it
+    costs, in millions of FLOPs forward.
+    """
+    visual = with_visual(model.recipe, {"max_grid": grid, "max_visual_tokens": tau}).visual
+    turn = Turn("user", "<image>\nWhat is the tax?", 1)
+    document = model.writer(visual)([turn], [image], answer=True)
+    (lay,), T = document.layouts, model.row.side**2
+    _, axes = plt.subplots(1, 2, figsize=(7.5, 2.8), width_ratios=(1, 1.6))
+    grid_over(axes[0], image, lay)
+    if lay.grid[0]:
+        rows, columns = lay.raster
+        x = (np.arange(columns) + 0.5) * image.width / columns
+        y = (np.arange(rows) + 0.5) * image.height / rows
+        axes[0].plot(*(xy.ravel() for xy in np.meshgrid(x, y)), ".", color=BASE, ms=2)
+    cost = forward_flops(rates(model), [document], T, visual.pool_after_projector)
+    parts = {"encoder": cost["encoder"] + cost["stem"],
+             "projector": cost["projector"] + cost["projector_2"],
+             "LLM": cost["llm"] + cost["attention"]}  # fmt: skip
+    axes[1].barh(list(parts), [n / 1e6 for n in parts.values()], color=OURS[:3])
+    axes[1].set(xlim=(0, 900), xlabel="million FLOPs")
+    axes[1].set_title(f"{lay.views} views x {T} features -> {lay.tokens} tokens", fontsize=9)
 
 
 def losses(run: str | Path) -> None:
