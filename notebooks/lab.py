@@ -17,6 +17,7 @@ from nanollava.recipe import read_recipe, with_visual, write_recipe
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "demo" / "nano"
 QUICK = "NANOLLAVA_QUICK" in os.environ  # as the tests run: fewer questions and steps, same cells
+RUNS = Path(os.environ.get("NANOLLAVA_RUNS", "../runs/notebooks"))  # from the notebooks' folder
 
 
 def measure(
@@ -40,7 +41,7 @@ def tune(name: str, steps: int, *overrides: str) -> str:
     A run of these keys that is there already is not repeated. Raises CalledProcessError where it
     fails; its output is shown. (A process of its own: a notebook's kernel cannot fork workers.)
     """
-    run, steps = ROOT / "runs" / "notebooks" / name, 4 if QUICK else steps
+    run, steps = RUNS / name, 4 if QUICK else steps
     recipe = read_recipe(ROOT / "recipes/nano.yaml", list(overrides))
     stage = replace(recipe.stages["stage2"], sources={"instructions": 1}, duration=f"{steps}ba")
     samples = replace(recipe.sources["instructions"], samples=steps * stage.batch_size)

@@ -168,8 +168,9 @@ def losses(run: str | Path) -> None:
     for axis, name in zip(axes[0], names):
         loss = np.array([float(row["loss"]) for row in rows if row["stage"] == name])
         axis.plot(loss, color=OURS[1], lw=0.7)
-        mean = np.convolve(loss, np.ones(10) / 10, "valid")
-        axis.plot(np.arange(len(mean)) + 9, mean, color=OURS[0])
+        n = min(10, len(loss))
+        mean = np.convolve(loss, np.ones(n) / n, "valid")
+        axis.plot(np.arange(len(mean)) + n - 1, mean, color=OURS[0])
         axis.set(title=f"{name}: loss", xlabel="step", ylim=(0, None))
 
 
