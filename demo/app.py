@@ -4,7 +4,7 @@
     python demo/app.py --model runs/nano --model runs/flat
 
 One process serves several visitors, each with a conversation of their own. What a visitor uploads
-is read once, kept in memory until the visit ends, and never served to anybody else.
+is read once, and forgotten with the conversation or an hour after the visit.
 """
 
 import atexit
@@ -14,8 +14,9 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -65,9 +66,15 @@ class Visit:
             return False
         if len(files) > IMAGES:
             raise ValueError(f"{len(files)} files; give at most {IMAGES} at once")
-        images = [image for file in files for image in open_file(file)]
-        self.images, self.files, self.exchanges = images, tuple(files), []
+        self.begin([image for file in files for image in open_file(file)], files)
         return True
+
+    def begin(self, images: list[Image.Image], files: Sequence[str] = ()) -> None:
+        """Forget the last conversation, and its files on disk; start one about these images."""
+        for file in {*self.files} - {*files}:
+            if Path(file).name not in EXAMPLES:
+                Path(file).unlink(missing_ok=True)
+        self.images, self.files, self.exchanges, self.answering = images, tuple(files), [], {}
 
 
 def open_file(file: str) -> list[Image.Image]:
@@ -158,14 +165,15 @@ def ask(visit: Visit, message: dict, name: str, grid: int, tokens: int, pooling:
         if not place:
             visit.exchanges.append(exchange)
         exchange.answers.append("")
+        yield talk(visit.exchanges), None if not place else gr.skip(), gr.skip()
         begin = time.monotonic()
         for piece in pieces:
             exchange.answers[place] += piece
             if time.monotonic() - begin > SECONDS:
                 exchange.note = f"Stopped after {SECONDS} seconds."
                 break
-            yield talk(visit.exchanges), None, gr.skip()
-    yield talk(visit.exchanges), None, measured(assistant)
+            yield talk(visit.exchanges), gr.skip(), gr.skip()
+    yield talk(visit.exchanges), gr.skip(), measured(assistant)
 
 
 def measured(assistant: Assistant) -> str:
@@ -206,7 +214,7 @@ def new_page(visit: Visit, kind: str, *keys) -> tuple:
     pages, world = (import_file(f"{ROOT}/recipes/nano/{x}.py") for x in ("pages", "world"))
     rng = random.Random()
     page = pages.layout(rng, KINDS[kind], "test")
-    visit.images, visit.files, visit.exchanges = [open_image(world.png(page))], (), []
+    visit.begin([open_image(world.png(page))])
     question = world.questions(None, page, rng)[0][1]
     truth = "\n".join(page.lines())
     return talk([], 1), shown(visit, *keys), truth, {"text": question, "files": []}
@@ -214,7 +222,7 @@ def new_page(visit: Visit, kind: str, *keys) -> tuple:
 
 def clear(visit: Visit, *keys) -> tuple:
     """Forget the conversation and its images."""
-    visit.images, visit.files, visit.exchanges, visit.answering = [], (), [], {}
+    visit.begin([])
     return talk([]), shown(visit, *keys), None, "", ""
 
 
@@ -226,7 +234,8 @@ def build() -> gr.Blocks:
     budget = parse_budget(visual.max_visual_tokens, T) // T
     kept = (600, 3600)  # every ten minutes, delete uploads that are an hour old
     with gr.Blocks(title="nanollava", delete_cache=kept, analytics_enabled=False) as page:
-        visit = gr.State(Visit())  # copied for each visitor
+        leave = partial(Visit.begin, images=[])
+        visit = gr.State(Visit(), time_to_live=3600, delete_callback=leave)  # a copy for each
         gr.Markdown(
             "# nanollava\nAsk about an image, and watch which tiles and how many visual tokens the "
             "answer is made from. The nano model reads nano pages; it is no general assistant."

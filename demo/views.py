@@ -135,7 +135,8 @@ STYLE = """
 .sees .views {display: flex; flex-wrap: wrap; gap: .75rem; margin-top: .4rem}
 .sees .views > div:not(.tiles) {display: flex; flex-direction: column; max-width: 100%}
 .sees .tiles {display: grid; gap: 3px; align-content: start}
-.sees img {display: block; outline: 1px solid var(--border-color-primary); image-rendering: pixelated; max-width: 100%; height: auto}
+.sees img {display: block; outline: 1px solid var(--border-color-primary); max-width: 100%;
+       image-rendering: pixelated; height: auto}
 .sees .over {width: 16rem} .sees .view {width: 8rem} .sees .tiles .view {width: 5.2rem}
 #pages {align-items: center}
 .speed th {text-align: left; padding-right: 1rem; font-weight: normal;

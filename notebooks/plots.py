@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 from matplotlib.patches import Rectangle
+from pandas.io.formats.style import Styler
 from PIL import Image
 
 import nanollava
@@ -41,14 +42,14 @@ plt.rcParams["savefig.bbox"] = "tight"
 plt.rcParams["axes.spines.top"] = plt.rcParams["axes.spines.right"] = False
 
 
-def blog(table: str, *columns: str, rows: Sequence[int] | None = None) -> pd.DataFrame:
+def blog(table: str, *columns: str, rows: Sequence[int] | None = None) -> Styler:
     """A table of the blog as printed (`columns` and `rows` of it); its section is its caption."""
     keys = BLOG["tables"][table]
     frame = pd.DataFrame(keys["rows"], columns=[*keys["factors"], *keys["metrics"]])
     frame = frame.iloc[list(rows)] if rows is not None else frame
     frame = frame[list(columns)] if columns else frame
-    frame.attrs = {"title": f"{table}: {keys['title']} (Section {keys['section']})"}
-    return frame.style.format(precision=1).hide(axis="index").set_caption(frame.attrs["title"])
+    title = f"{table}: {keys['title']} (Section {keys['section']})"
+    return frame.style.format(precision=1).hide(axis="index").set_caption(title)
 
 
 def picture(axis, image, title: str = "", edge: str = INK) -> None:
@@ -105,8 +106,8 @@ def hero(run: str, out: str, seed: int = 3) -> None:
     (lay,) = llava.seen.document.layouts
     figure = plt.figure(figsize=(10, 2.9))
     columns = figure.add_gridspec(1, 4, width_ratios=[1.1, 0.75, 1.1, 1.5], wspace=0.12)
-    views(image, lay, [figure.add_subplot(column) for column in columns][:3])
-    axis = figure.axes[3] if len(figure.axes) > 3 else figure.add_subplot(columns[3])
+    *axes, axis = (figure.add_subplot(column) for column in columns)
+    views(image, lay, axes)
     axis.axis("off")
     formula = f"({lay.grid[0]}x{lay.grid[1]} + 1) x {llava.model.row.side**2}"
     axis.text(0, 0.93, f"{formula} = {lay.tokens} visual tokens", weight="bold")

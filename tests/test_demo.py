@@ -305,6 +305,17 @@ def test_questions_are_limited_and_refusals_keep_what_was_typed(address, monkeyp
     assert "Stopped after -1 seconds" in said(visit, QUESTION)[-1][0]
 
 
+def test_what_was_uploaded_goes_with_the_conversation(tmp_path):
+    files = [str(shutil.copy(PAGE, tmp_path / f"{i}.png")) for i in range(2)]
+    example, visit = str(shutil.copy(PAGE, tmp_path)), app.Visit()
+    visit.take(files[:1])
+    visit.take(files[1:])
+    assert not Path(files[0]).exists() and Path(files[1]).exists()
+    visit.take([example])
+    app.clear(visit, "nano", 3, 10, "bilinear")
+    assert not Path(files[1]).exists() and Path(example).exists() and not visit.images
+
+
 def test_a_video_becomes_frames(tmp_path):
     visit = app.Visit()
     visit.take([str(film(tmp_path / "film.mp4"))])
