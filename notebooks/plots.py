@@ -76,9 +76,9 @@ def grid_over(axis, image: Image.Image, lay: Layout) -> None:
 
 
 def tiles_of(views: np.ndarray, lay: Layout, gap: int = 2) -> np.ndarray:
-    """(N, R, R, 3) views -> the tiles in their places with a white gap around each."""
+    """(N, R, R, 3) views -> the tiles in their places with a gap around each."""
     (a, b), tiles = lay.grid, np.pad(views[1:], ((0, 0), (gap,) * 2, (gap,) * 2, (0, 0)),
-                                     constant_values=255)  # fmt: skip
+                                     constant_values=190)  # fmt: skip
     rows = tiles.reshape(b, a, *tiles.shape[1:]).transpose(0, 2, 1, 3, 4)  # (b, R, a, R, 3)
     return rows.reshape(b * tiles.shape[1], a * tiles.shape[2], 3)
 
@@ -94,11 +94,11 @@ def views(image: Image.Image, lay: Layout, axes=None) -> None:
         picture(axes[2], tiles_of(cut, lay), f"{a * b} tiles: {R}x{R} each", "white")
 
 
-def hero(run: str, out: str, seed: int = 3) -> None:
+def hero(run: str, out: str, number: int = 1) -> None:
     """A page, its base view, its tiles, its tokens, and the answer with and without tiles."""
     llava = nanollava.load(run)
     make = function_of(f"{ROOT}/recipes/nano/world.py:doc")
-    record = list(make(split="test", count=seed + 1, seed=7))[seed]
+    *_, record = make(split="test", count=number + 1, seed=7)
     image, question = open_image(record["image"]), record["conversations"][0]["value"]
     question = question.replace("<image>\n", "")
     answers = {g: llava.chat(image, question, max_grid=g) for g in ("base", "3x3")}
