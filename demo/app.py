@@ -37,6 +37,7 @@ ANSWERS = 4  # at once; further ones wait in line
 VIDEOS = (".mp4", ".mov", ".webm", ".avi", ".mkv", ".gif")
 KINDS = {"document": "doc", "full document": "dense", "chart": "chart", "list": "info",
          "scene": "scene", "second script": "zh"}  # fmt: skip
+MADE_BY_HAND = ROOT / "recipes/nano/handmade"
 EXAMPLES = {"invoice.png": "What is the tax?", "chart.png": "What is the value of fund?",
             "table.png": "Read the text.", "scene.png": "What is at the middle right?"}  # fmt: skip
 MODELS: dict[str, Assistant] = {}
@@ -234,8 +235,9 @@ def build() -> gr.Blocks:
     budget = parse_budget(visual.max_visual_tokens, T) // T
     kept = (600, 3600)  # every ten minutes, delete uploads that are an hour old
     with gr.Blocks(title="nanollava", delete_cache=kept, analytics_enabled=False) as page:
-        leave = partial(Visit.begin, images=[])
-        visit = gr.State(Visit(), time_to_live=3600, delete_callback=leave)  # a copy for each
+        visit = gr.State(
+            Visit(), time_to_live=3600, delete_callback=partial(Visit.begin, images=[])
+        )
         gr.Markdown(
             "# nanollava\nAsk about an image, and watch which tiles and how many visual tokens the "
             "answer is made from. The nano model reads nano pages; it is no general assistant."
@@ -268,8 +270,7 @@ def build() -> gr.Blocks:
                     grid2, tokens2 = sliders(0, budget, " of the second answer")
                 with gr.Accordion("Speed and memory", open=False):
                     figures = gr.HTML(speed(None, 0, 0), elem_id="speed")
-        examples = [[{"text": question, "files": [f"{ROOT}/recipes/nano/handmade/{name}"]}]
-                    for name, question in EXAMPLES.items()]  # fmt: skip
+        examples = [[{"text": q, "files": [str(MADE_BY_HAND / n)]}] for n, q in EXAMPLES.items()]
         gr.Examples(examples, message, label="Pages made by hand")
 
         keys, out = [model, grid, tokens, pooling], [conversation, message, figures]
