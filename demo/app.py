@@ -23,7 +23,7 @@ from typing import Annotated
 import gradio as gr
 import typer
 from PIL import Image
-from views import STYLE, Exchange, picture, sees, speed, talk
+from views import Exchange, picture, sees, speed, talk
 
 from nanollava.anyres import open_image, open_video, parse_budget, parse_grids
 from nanollava.generate import Assistant, load
@@ -305,8 +305,10 @@ def serve(folders: list[str], **keys) -> gr.Blocks:
         MODELS[Path(folder).name] = load(folder)
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace"])
     page = build().queue(max_size=64)
-    page.launch(css=STYLE, theme=theme, footer_links=[], max_file_size=f"{MEGABYTES}mb",
-                ssr_mode=False, **keys)  # fmt: skip
+    page.launch(
+        css_paths=Path(__file__).with_name("style.css"), theme=theme, footer_links=[],
+        max_file_size=f"{MEGABYTES}mb", ssr_mode=False, **keys,
+    )  # fmt: skip
     return page
 
 

@@ -114,31 +114,3 @@ def speed(seen: Seen | None, cache: int, process: int) -> str:
     }
     cells = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in rows.items())
     return f'<table class="speed">{cells}</table>'
-
-
-STYLE = """
-.talk {min-height: 9rem; max-height: 55vh; overflow-y: auto; display: flex; flex-direction: column;
-       gap: .5rem; padding: .75rem; border: 1px solid var(--border-color-primary);
-       border-radius: var(--radius-lg); background: var(--background-fill-secondary)}
-.talk p {margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; color: var(--body-text-color)}
-.talk .question {align-self: flex-end; max-width: 85%; padding: .4rem .8rem; border-radius: 1rem;
-       background: var(--color-accent-soft)}
-.talk .answers {display: flex; gap: .5rem; flex-wrap: wrap}
-.talk .answer {flex: 1 1 12rem; padding: .4rem .8rem; border-radius: var(--radius-md);
-       background: var(--background-fill-primary); border: 1px solid var(--border-color-primary)}
-.talk small, .sees small {color: var(--body-text-color-subdued)}
-.talk .note {font-style: italic}
-.talk .error {padding: .4rem .8rem; border-left: 4px solid #c0392b;
-       background: var(--background-fill-primary)}
-.sees figure {margin: 0 0 1rem}
-.sees p {margin: .4rem 0; font-size: .9rem}
-.sees .views {display: flex; flex-wrap: wrap; gap: .75rem; margin-top: .4rem}
-.sees .views > div:not(.tiles) {display: flex; flex-direction: column; max-width: 100%}
-.sees .tiles {display: grid; gap: 3px; align-content: start}
-.sees img {display: block; outline: 1px solid var(--border-color-primary); max-width: 100%;
-       image-rendering: pixelated; height: auto}
-.sees .over {width: 16rem} .sees .view {width: 8rem} .sees .tiles .view {width: 5.2rem}
-#pages {align-items: center}
-.speed th {text-align: left; padding-right: 1rem; font-weight: normal;
-       color: var(--body-text-color-subdued)}
-"""
