@@ -1,16 +1,20 @@
 """Sources and shards: what goes in comes out, what cannot be read is named and left out."""
 
+import getpass
 import io
 import json
+import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock, Timeout
 from PIL import Image
 from streaming import StreamingDataset
 
+from nanollava import data
 from nanollava.data import make_loader, prepare_source, shard_folder, split_images
 from nanollava.recipe import Recipe, Stage
 from nanollava.sequence import Writer
@@ -226,3 +230,22 @@ def test_documents_come_out_of_the_loader(mixed, tokenizer):
     assert not documents["text"].layouts and documents["text"].source == "mix"
     with pytest.raises(ValueError, match="batch_size 3 does not divide among 2 processes"):
         make_loader(recipe, stage, writer, 2)
+
+
+def test_runs_take_turns_to_name_their_shared_memory(mixed, tokenizer, monkeypatch):
+    """Streaming takes the next free name: two runs that look at once would take the same."""
+    other = FileLock(Path(tempfile.gettempdir(), f"nanollava-{getpass.getuser()}.lock"))
+
+    class Busy(data.Documents):
+        def __init__(self, *args, **keys):
+            with pytest.raises(Timeout):
+                other.acquire(timeout=0.01)
+            super().__init__(*args, **keys)
+
+    monkeypatch.setattr(data, "Documents", Busy)
+    recipe, *_ = mixed
+    prepare_source(recipe, "mix")
+    writer = Writer(tokenizer, recipe.visual, 48, 6, "qwen_1_5")
+    make_loader(recipe, Stage(sources={"mix": 1}, batch_size=3), writer, 1)
+    with other.acquire(timeout=1):  # free again
+        pass
