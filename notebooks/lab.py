@@ -48,7 +48,7 @@ def tune(name: str, steps: int, *overrides: str) -> str:
     (run / "start").mkdir(parents=True, exist_ok=True)
     shutil.copy(SHIPPED / "model.safetensors", run / "start")  # a stage that is done is loaded
     changed = replace(
-        recipe, run=str(run), data=str(ROOT / "data" / "nano"), tasks={}, settings={},
+        recipe, run=str(run.resolve()), data=str(ROOT / "data" / "nano"), tasks={}, settings={},
         sources={"instructions": samples}, stages={"start": stage, "stage2": stage},
     )  # fmt: skip
     write_recipe(changed, run / "asked.yaml")
