@@ -43,7 +43,9 @@ def tune(name: str, steps: int, *overrides: str) -> str:
     """
     run, steps = RUNS / name, 4 if QUICK else steps
     recipe = read_recipe(ROOT / "recipes/nano.yaml", list(overrides))
-    stage = replace(recipe.stages["stage2"], sources={"instructions": 1}, duration=f"{steps}ba")
+    stage = replace(
+        recipe.stages["stage2"], sources={"instructions": 1}, duration=f"{steps}ba", warmup=0.25
+    )
     samples = replace(recipe.sources["instructions"], samples=steps * stage.batch_size)
     (run / "start").mkdir(parents=True, exist_ok=True)
     shutil.copy(SHIPPED / "model.safetensors", run / "start")  # a stage that is done is loaded

@@ -6,6 +6,7 @@
 A cell that fails stops the run with its traceback. Progress bars keep their last state only.
 """
 
+import os
 import re
 import sys
 import time
@@ -16,6 +17,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 LIMIT = 300_000  # bytes of a committed notebook
+QUICK = "NANOLLAVA_QUICK" in os.environ
 
 
 def clean(notebook: NotebookNode) -> None:
@@ -42,18 +44,21 @@ def clean(notebook: NotebookNode) -> None:
 
 def run(file: Path) -> NotebookNode:
     """A notebook's cells, run in its own folder; raises at the first cell that fails."""
-    notebook = nbformat.read(file, as_version=4)
+    notebook, start = nbformat.read(file, as_version=4), time.time()
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": file.parent}}).execute()
     clean(notebook)
+    notebook.metadata["nanollava"] = {"seconds": round(time.time() - start), "quick": QUICK}
     return notebook
 
 
 def main(*names: str) -> None:
     """Run each; unless --check is given, write the outputs back."""
+    if QUICK and "--check" not in names:
+        raise ValueError("quick outputs are not kept: unset NANOLLAVA_QUICK, or add --check")
     for file in (Path(name) for name in names if name != "--check"):
-        start, notebook = time.time(), run(file)
-        text = nbformat.writes(notebook)
-        print(f"{file.name}: {time.time() - start:.0f} s, {len(text) / 1000:.0f} KB", flush=True)
+        notebook = run(file)
+        text, seconds = nbformat.writes(notebook), notebook.metadata["nanollava"]["seconds"]
+        print(f"{file.name}: {seconds} s, {len(text) / 1000:.0f} KB", flush=True)
         if len(text) > LIMIT:
             raise ValueError(f"{file}: {len(text)} bytes; a notebook may have {LIMIT}")
         if "--check" not in names:

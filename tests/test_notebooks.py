@@ -38,6 +38,7 @@ def test_runs_from_top_to_bottom(file, monkeypatch, tmp_path):
 def test_committed_outputs_are_whole_small_and_name_no_machine(file):
     text = file.read_text()
     assert len(text) <= 300_000
+    assert nbformat.reads(text, as_version=4).metadata["nanollava"]["quick"] is False
     code = cells(file, "code")
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
