@@ -10,10 +10,12 @@ is read once, and forgotten with the conversation or an hour after the visit.
 import atexit
 import os
 import random
-import resource
 import shutil
+import signal
+import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,11 +23,12 @@ from pathlib import Path
 from typing import Annotated
 
 import gradio as gr
+import psutil
 import typer
 from PIL import Image
 from views import Exchange, picture, sees, speed, talk
 
-from nanollava.anyres import open_image, open_video, parse_budget, parse_grids
+from nanollava.anyres import Layout, open_image, open_video, parse_budget, parse_grids
 from nanollava.generate import Assistant, load
 from nanollava.recipe import with_visual
 from nanollava.sources import import_file
@@ -41,6 +44,7 @@ MADE_BY_HAND = ROOT / "recipes/nano/handmade"
 EXAMPLES = {"invoice.png": "What is the tax?", "chart.png": "What is the value of fund?",
             "table.png": "Read the text.", "scene.png": "What is at the middle right?"}  # fmt: skip
 MODELS: dict[str, Assistant] = {}
+HELD: Counter[str] = Counter()  # visits by uploaded file: equal files share a path
 
 
 @dataclass
@@ -61,21 +65,37 @@ class Visit:
     def take(self, files: list[str]) -> bool:
         """Read images and videos that were just added: a conversation about them begins.
 
-        Raises ValueError for what cannot be read or is too much.
+        Raises ValueError for what cannot be read or is too much, and forgets those files.
         """
         if not files or tuple(files) == self.files:
             return False
-        if len(files) > IMAGES:
-            raise ValueError(f"{len(files)} files; give at most {IMAGES} at once")
-        self.begin([image for file in files for image in open_file(file)], files)
+        HELD.update(files)
+        try:
+            if len(files) > IMAGES:
+                raise ValueError(f"{len(files)} files; give at most {IMAGES} at once")
+            images = [image for file in files for image in open_file(file)]
+            pixels = sum(image.width * image.height for image in images)
+            if pixels > PIXELS:
+                raise ValueError(f"{pixels:,} pixels together; the limit is {PIXELS:,}")
+        except ValueError:
+            release(files)
+            raise
+        self.begin(images, files)
         return True
 
     def begin(self, images: list[Image.Image], files: Sequence[str] = ()) -> None:
         """Forget the last conversation, and its files on disk; start one about these images."""
-        for file in {*self.files} - {*files}:
-            if Path(file).name not in EXAMPLES:
-                Path(file).unlink(missing_ok=True)
+        release(self.files)
         self.images, self.files, self.exchanges, self.answering = images, tuple(files), [], {}
+
+
+def release(files: Sequence[str]) -> None:
+    """Delete uploads that no visit holds any more; the page's own examples stay."""
+    examples = [(MADE_BY_HAND / name).read_bytes() for name in EXAMPLES]
+    HELD.subtract(files)
+    for path in (Path(file) for file in files if HELD[file] <= 0):
+        if path.is_file() and path.read_bytes() not in examples:
+            path.unlink()
 
 
 def open_file(file: str) -> list[Image.Image]:
@@ -84,13 +104,14 @@ def open_file(file: str) -> list[Image.Image]:
     try:
         if path.stat().st_size > MEGABYTES * 1_000_000:
             raise ValueError(f"{path.stat().st_size:,} bytes; the limit is {MEGABYTES} MB")
-        video = path.suffix.lower() in VIDEOS
-        images = open_video(path, FRAMES) if video else [open_image(path)]
-        for image in images:
-            if image.width * image.height > PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels; the limit is {PIXELS:,}")
+        data, video = path.read_bytes(), path.suffix.lower() in VIDEOS
+        images = open_video(data, FRAMES, PIXELS) if video else [open_image(data, PIXELS)]
+    except OSError as error:
+        raise ValueError(f"{path.name}: it is gone; add it again") from error
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
+    for image in images:
+        image.info.pop("glyph_px", None)  # only a page that is drawn here knows its type
     return images
 
 
@@ -103,100 +124,123 @@ def settings(grid: int, tokens: int, pooling: str) -> dict[str, str]:
     }
 
 
-def named(grid: int, tokens: int, pooling: str) -> str:
-    """The same in words."""
-    return (
-        f"{f'up to {grid} x {grid}' if grid else 'base view only'}, at most {tokens} T, {pooling}"
-    )
+def named(name: str, grid: int, tokens: int, pooling: str) -> str:
+    """The same in words, with the model where there are several."""
+    model = f"{name}: " if len(MODELS) > 1 else ""
+    size = f"up to {grid} x {grid}" if grid else "base view only"
+    return f"{model}{size}, at most {tokens} T, {pooling}"
 
 
-def shown(visit: Visit, name: str, grid: int, tokens: int, pooling: str) -> str:
-    """What the model would see of the visitor's images now; an impossible setting says why."""
+def layouts(visit: Visit, name: str, *setting) -> tuple[Layout, ...]:
+    """How the visitor's images are laid out at a setting; ValueError for an impossible one."""
     model = MODELS[name].model
+    visual = with_visual(model.recipe, settings(*setting)).visual
+    return model.writer(visual).layouts(visit.images)
+
+
+def shown(visit: Visit, name: str, *setting) -> str:
+    """What the model would see of the visitor's images now; an impossible setting says why."""
     try:
-        visual = with_visual(model.recipe, settings(grid, tokens, pooling)).visual
-        layouts = model.writer(visual).layouts(visit.images)
+        return sees(visit.images, layouts(visit, name, *setting), MODELS[name].model.row.side ** 2)
     except ValueError as error:
         return talk([], error=str(error))
-    return sees(visit.images, layouts, model.row.side**2)
 
 
 def added(visit: Visit, message: dict, *keys) -> tuple:
     """Files were dropped: show them and begin a conversation about them."""
     try:
         if not visit.take(message["files"]):
-            return gr.skip(), gr.skip(), gr.skip()
+            return (gr.skip(),) * 5
     except ValueError as error:
-        return talk(visit.exchanges, len(visit.images), str(error)), gr.skip(), {"files": []}
-    return talk([], len(visit.images)), shown(visit, *keys), gr.skip()
+        told = talk(visit.exchanges, len(visit.images), str(error))
+        return told, gr.skip(), {"files": []}, gr.skip(), gr.skip()
+    return talk([], len(visit.images)), shown(visit, *keys), gr.skip(), "", ""
 
 
-def ask(visit: Visit, message: dict, name: str, grid: int, tokens: int, pooling: str,
-        twice: bool, grid2: int, tokens2: int) -> Iterator[tuple]:  # fmt: skip
-    """Stream the answer to a question; at two settings, one after the other."""
-    question = (message.get("text") or "").strip()
-    keep = {"text": question, "files": []}
-    try:
-        visit.take(message.get("files") or [])
-        if not question:
-            raise ValueError("Type a question.")
-        if len(question) > LETTERS:
-            raise ValueError(f"{len(question)} characters; a question has at most {LETTERS}.")
-        if len(visit.exchanges) >= QUESTIONS:
-            raise ValueError(f"{QUESTIONS} questions were asked: press Clear to begin anew.")
-    except ValueError as error:
-        yield talk(visit.exchanges, len(visit.images), str(error)), keep, gr.skip()
-        return
+def checked(visit: Visit, message: dict, name: str, pairs: list, pooling: str, again: bool) -> str:
+    """The question, if it can be asked about the images at all settings; else ValueError."""
+    visit.take(message.get("files") or [])
+    question = str(message.get("text") or "").strip()
+    if not question:
+        raise ValueError("Type a question.")
+    if len(question) > LETTERS:
+        raise ValueError(f"{len(question)} characters; a question has at most {LETTERS}.")
+    if len(visit.exchanges) - again >= QUESTIONS:
+        raise ValueError(f"{QUESTIONS} questions were asked: press Clear to begin anew.")
+    for pair in pairs:
+        layouts(visit, name, *pair, pooling)
+    return question
+
+
+def ask(visit: Visit, message: dict, name: str, grid: int, tokens: int, pooling: str, twice: bool,
+        grid2: int, tokens2: int, again: bool = False) -> Iterator[tuple]:  # fmt: skip
+    """Stream the answer to a question; at two settings, one after the other.
+
+    Yields the conversation, what stands in the box, the speed, and the picture of why.
+    """
     pairs = [(grid, tokens), (grid2, tokens2)][: 1 + twice]
-    exchange = Exchange(question, [named(*pair, pooling) for pair in pairs])
-    for place, (pair, setting) in enumerate(zip(pairs, exchange.settings, strict=True)):
-        # Only what was answered at this setting, or the model would read its own earlier answers.
-        said = [(e.question, dict(zip(e.settings, e.answers, strict=False)).get(setting))
-                for e in visit.exchanges if e is not exchange]  # fmt: skip
+    try:
+        question = checked(visit, message, name, pairs, pooling, again)
+    except ValueError as error:
+        told = talk(visit.exchanges, len(visit.images), str(error))
+        yield told, gr.skip() if again else {**message, "files": []}, gr.skip(), gr.skip()
+        return
+    before = visit.exchanges[: len(visit.exchanges) - again]
+    exchange = Exchange(question, [named(name, *pair, pooling) for pair in pairs])
+    visit.exchanges = talked = [*before, exchange]
+    yield talk(talked), gr.skip() if again else None, gr.skip(), ""
+    for place, pair in enumerate(pairs):
         assistant = visit.assistant(name, place)
-        try:
-            pieces = assistant.chat(
-                visit.images, question, [(q, a) for q, a in said if a], max_new_tokens=TOKENS,
-                stream=True, **settings(*pair, pooling),
-            )  # fmt: skip
-        except ValueError as error:
-            visit.exchanges = [e for e in visit.exchanges if e is not exchange]
-            yield talk(visit.exchanges, len(visit.images), str(error)), keep, gr.skip()
+        for _ in written(visit, exchange, before, assistant, settings(*pair, pooling)):
+            if visit.exchanges is not talked:  # another image came, or Clear
+                return
+            yield talk(talked), gr.skip(), gr.skip(), gr.skip()
+    exchange.running = False
+    yield talk(talked), gr.skip(), measured(assistant), gr.skip()
+
+
+def written(
+    visit: Visit, exchange: Exchange, before: list[Exchange], assistant: Assistant, keys: dict
+) -> Iterator[None]:
+    """Add an answer to an exchange piece by piece, for SECONDS at most."""
+    place = len(exchange.answers)
+    # Only what was answered at this setting, or the model would read its own earlier answers.
+    said = [(e.question, answer) for e in before
+            for setting, answer in zip(e.settings, e.answers, strict=False)
+            if setting == exchange.settings[place] and answer]  # fmt: skip
+    exchange.answers.append("")
+    begin = time.monotonic()
+    for piece in assistant.chat(
+        visit.images, exchange.question, said, max_new_tokens=TOKENS, stream=True, **keys
+    ):
+        exchange.answers[place] += piece
+        yield
+        if time.monotonic() - begin > SECONDS:
+            exchange.note = f"Stopped after {SECONDS} seconds."
             return
-        if not place:
-            visit.exchanges.append(exchange)
-        exchange.answers.append("")
-        yield talk(visit.exchanges), None if not place else gr.skip(), gr.skip()
-        begin = time.monotonic()
-        for piece in pieces:
-            exchange.answers[place] += piece
-            if time.monotonic() - begin > SECONDS:
-                exchange.note = f"Stopped after {SECONDS} seconds."
-                break
-            yield talk(visit.exchanges), gr.skip(), gr.skip()
-    yield talk(visit.exchanges), gr.skip(), measured(assistant)
 
 
 def measured(assistant: Assistant) -> str:
     """Time and memory of an assistant's last answer."""
     cache = assistant.memory.cache
     held = sum(x.nbytes for layer in cache.buffers.values() for x in layer) if cache else 0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return speed(assistant.seen, held, most)
+    return speed(assistant.seen, held, psutil.Process().memory_info().rss)
 
 
 def again(visit: Visit, message: dict, *keys) -> Iterator[tuple]:
     """Ask the last question once more, at the settings of now."""
-    if not visit.exchanges:
-        yield talk([], len(visit.images), "There is no question to repeat."), message, gr.skip()
-        return
-    yield from ask(visit, {"text": visit.exchanges.pop().question}, *keys)
+    if visit.exchanges:
+        yield from ask(visit, {"text": visit.exchanges[-1].question}, *keys, again=True)
+    else:
+        told = talk([], len(visit.images), "There is no question to repeat.")
+        yield told, gr.skip(), gr.skip(), gr.skip()
 
 
 def stopped(visit: Visit) -> str:
     """The conversation after a visitor stopped an answer."""
-    if visit.exchanges and not visit.exchanges[-1].note:
-        visit.exchanges[-1].note = "Stopped."
+    for exchange in visit.exchanges[-1:]:
+        if exchange.running:
+            exchange.note, exchange.running = "Stopped.", False
     return talk(visit.exchanges, len(visit.images))
 
 
@@ -216,9 +260,8 @@ def new_page(visit: Visit, kind: str, *keys) -> tuple:
     rng = random.Random()
     page = pages.layout(rng, KINDS[kind], "test")
     visit.begin([open_image(world.png(page))])
-    question = world.questions(None, page, rng)[0][1]
-    truth = "\n".join(page.lines())
-    return talk([], 1), shown(visit, *keys), truth, {"text": question, "files": []}
+    message = {"text": world.questions(None, page, rng)[0][1], "files": []}
+    return talk([], 1), shown(visit, *keys), message, "\n".join(page.lines()), ""
 
 
 def clear(visit: Visit, *keys) -> tuple:
@@ -273,20 +316,25 @@ def build() -> gr.Blocks:
         examples = [[{"text": q, "files": [str(MADE_BY_HAND / n)]}] for n, q in EXAMPLES.items()]
         gr.Examples(examples, message, label="Pages made by hand")
 
-        keys, out = [model, grid, tokens, pooling], [conversation, message, figures]
-        asked, quiet = [visit, message, *keys, twice, grid2, tokens2], {"show_progress": "hidden"}
+        keys, quiet = [model, grid, tokens, pooling], {"show_progress": "hidden"}
+        out, view = [conversation, message, figures, looked], [conversation, seen, message]
+        asked = [visit, message, *keys, twice, grid2, tokens2]
         limit = {"concurrency_limit": ANSWERS, "concurrency_id": "answers"}
         events = [message.submit(ask, asked, out, api_name="ask", **limit, **quiet),
                   retry.click(again, asked, out, api_name="again", **limit, **quiet)]  # fmt: skip
         for event in events:
             event.then(shown, [visit, *keys], seen, **quiet)
-        message.change(added, [visit, message, *keys], [conversation, seen, message], **quiet)
+        begun = [
+            message.change(added, [visit, message, *keys], [*view, truth, looked],
+                           concurrency_limit=ANSWERS, **quiet),
+            draw.click(new_page, [visit, kind, *keys], [*view, truth, looked], **quiet),
+            forget.click(clear, [visit, *keys], [*view, truth, looked], cancels=events, **quiet),
+        ]  # fmt: skip
+        for event in (*events, *begun):  # a visit lives for an hour after it was last an output
+            event.then(lambda visit: visit, visit, visit, **quiet)
         gr.on([key.change for key in keys], shown, [visit, *keys], seen, **quiet)
-        draw.click(new_page, [visit, kind, *keys], [conversation, seen, truth, message], **quiet)
         explain.click(why, [visit, model], looked, **limit)
         stop.click(stopped, visit, conversation, cancels=events, queue=False)
-        forget.click(clear, [visit, *keys], [conversation, seen, message, truth, looked],
-                     cancels=events, **quiet)  # fmt: skip
     return page
 
 
@@ -302,7 +350,8 @@ def serve(folders: list[str], **keys) -> gr.Blocks:
     os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp()  # of this process alone: gone when it ends
     atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
     for folder in folders:
-        MODELS[Path(folder).name] = load(folder)
+        name = Path(folder).name
+        MODELS[folder if name in MODELS else name] = load(folder)
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace"])
     page = build().queue(max_size=64)
     page.launch(
@@ -319,6 +368,7 @@ def main(
     share: Annotated[bool, typer.Option(help="a public link through gradio.live")] = False,
 ) -> None:
     """Serve the demo until it is interrupted."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the uploads go, too
     folders = model or [str(Path(__file__).with_name("nano"))]
     serve(folders, server_name=host, server_port=port, share=share)
 

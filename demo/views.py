@@ -26,6 +26,7 @@ class Exchange:
     settings: list[str]
     answers: list[str] = field(default_factory=list)
     note: str = ""  # why it ended early, if it did
+    running: bool = True
 
 
 def picture(image: Image.Image, alt: str, kind: str = "") -> str:
@@ -40,8 +41,9 @@ def picture(image: Image.Image, alt: str, kind: str = "") -> str:
 def with_grid(image: Image.Image, lay: Layout) -> Image.Image:
     """The image with its tiles' edges drawn over it."""
     (a, b), (left, top), (w, h) = lay.grid, lay.offset, lay.fitted
-    zoom = max(1, round(LARGEST / max(image.size)))
-    image = image.resize((image.width * zoom, image.height * zoom), Image.NEAREST)
+    zoom = LARGEST / max(image.size)
+    size = (max(1, round(image.width * zoom)), max(1, round(image.height * zoom)))
+    image = image.resize(size, Image.NEAREST if zoom > 1 else Image.BILINEAR)
     draw, sx, sy = ImageDraw.Draw(image), image.width / max(w, 1), image.height / max(h, 1)
     for i in range(a + 1):
         x = min(max((i * lay.tile - left) * sx, 0), image.width - 1)
@@ -97,7 +99,8 @@ def talk(exchanges: Sequence[Exchange], images: int = 0, error: str = "") -> str
     about = f"about {images} image{'s' * (images > 1)}" if images else "without an image"
     empty = f"<p>Ask something {about}.</p>"
     failed = f'<p class="error" role="alert">{escape(error)}</p>' if error else ""
-    return f'<div class="talk" role="log" aria-live="polite">{"".join(rows) or empty}{failed}</div>'
+    said = f'<div class="said">{"".join(rows) or empty}{failed}</div>'
+    return f'<div class="talk" role="log" tabindex="0" aria-label="conversation">{said}</div>'
 
 
 def speed(seen: Seen | None, cache: int, process: int) -> str:

@@ -20,11 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
 MAX_PIXELS = 150_000_000
+# Pixels only: Pillow hands EPS to another program, and some video containers name other files.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "ICO", "TGA")
+CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "gif", "mpegts", "ogg", "flv")
 UNREADABLE = (OSError, SyntaxError, ValueError, ArithmeticError, struct.error, MemoryError,
               Image.DecompressionBombError)  # fmt: skip
 GRIDS = {
@@ -180,32 +183,39 @@ def _mosaic(lay: Layout, rest: int) -> Layout:
     return replace(lay, crop=(top, rows - top, left, cols - left), raster=raster)
 
 
-def open_image(data: bytes | str | Path) -> Image.Image:
+def open_image(data: bytes | str | Path, limit: int = MAX_PIXELS) -> Image.Image:
     """Bytes or a file of any size and mode -> RGB, upright, first frame.
 
-    Raises ValueError for what cannot be read, and for more than 150 million pixels.
+    Raises ValueError for what cannot be read, and for more pixels than the limit.
     """
     try:
-        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels, limit {MAX_PIXELS:,}")
+        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS)
+        if image.width * image.height > limit:
+            raise ValueError(f"{image.width}x{image.height} pixels, limit {limit:,}")
         image.load()
         return upright_rgb(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"unreadable image: none of {', '.join(FORMATS)}") from error
     except UNREADABLE as error:
         raise ValueError(f"unreadable image: {error}") from error
 
 
-def open_video(data: bytes | str | Path, count: int) -> list[Image.Image]:
+def open_video(data: bytes | str | Path, count: int, limit: int = MAX_PIXELS) -> list[Image.Image]:
     """`count` frames evenly spaced from the first to the last, as the released code takes them;
-    all frames of a shorter video. Raises ValueError for what cannot be read.
+    all frames of a shorter video. Raises ValueError for what cannot be read, and for more pixels
+    than the limit in a frame or than 100 times the limit in all of them.
     """
     import av
 
     def pieces(cut: str) -> Iterator:
         with av.open(io.BytesIO(data) if isinstance(data, bytes) else str(data)) as video:
+            if video.format.name not in CONTAINERS:  # some others name files to be opened
+                raise ValueError(f"a container {video.format.name!r}; known: {CONTAINERS}")
             stream = video.streams.video[0]
-            if stream.width * stream.height > MAX_PIXELS:
-                raise ValueError(f"{stream.width}x{stream.height} pixels, limit {MAX_PIXELS:,}")
+            pixels = stream.width * stream.height
+            if pixels > limit or pixels * stream.frames > 100 * limit:
+                size = f"{stream.frames} frames of {stream.width}x{stream.height} pixels"
+                raise ValueError(f"{size}, limit {limit:,} each and {100 * limit:,} in all")
             yield from getattr(video, cut)(stream)
 
     try:
