@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,7 @@ class Visit:
 
     images: list[Image.Image] = field(default_factory=list)
     files: tuple[str, ...] = ()  # where the images came from, to read them once
+    held: set[str] = field(default_factory=set)  # those, and what was refused
     exchanges: list[Exchange] = field(default_factory=list)
     answering: dict[tuple[str, int], Assistant] = field(default_factory=dict)
 
@@ -65,31 +66,30 @@ class Visit:
     def take(self, files: list[str]) -> bool:
         """Read images and videos that were just added: a conversation about them begins.
 
-        Raises ValueError for what cannot be read or is too much, and forgets those files.
+        Raises ValueError for what cannot be read or is too much; it goes with the next beginning.
         """
         if not files or tuple(files) == self.files:
             return False
-        HELD.update(files)
-        try:
-            if len(files) > IMAGES:
-                raise ValueError(f"{len(files)} files; give at most {IMAGES} at once")
-            images = [image for file in files for image in open_file(file)]
-            pixels = sum(image.width * image.height for image in images)
-            if pixels > PIXELS:
-                raise ValueError(f"{pixels:,} pixels together; the limit is {PIXELS:,}")
-        except ValueError:
-            release(files)
-            raise
+        new = set(files) - self.held
+        HELD.update(new)
+        self.held |= new
+        if len(files) > IMAGES:
+            raise ValueError(f"{len(files)} files; give at most {IMAGES} at once")
+        images = [image for file in files for image in open_file(file)]
+        pixels = sum(image.width * image.height for image in images)
+        if pixels > PIXELS:
+            raise ValueError(f"{pixels:,} pixels together; the limit is {PIXELS:,}")
         self.begin(images, files)
         return True
 
     def begin(self, images: list[Image.Image], files: Sequence[str] = ()) -> None:
         """Forget the last conversation, and its files on disk; start one about these images."""
-        release(self.files)
+        release(self.held - {*files})
+        self.held &= {*files}
         self.images, self.files, self.exchanges, self.answering = images, tuple(files), [], {}
 
 
-def release(files: Sequence[str]) -> None:
+def release(files: Collection[str]) -> None:
     """Delete uploads that no visit holds any more; the page's own examples stay."""
     examples = [(MADE_BY_HAND / name).read_bytes() for name in EXAMPLES]
     HELD.subtract(files)
@@ -150,11 +150,11 @@ def added(visit: Visit, message: dict, *keys) -> tuple:
     """Files were dropped: show them and begin a conversation about them."""
     try:
         if not visit.take(message["files"]):
-            return (gr.skip(),) * 5
+            return visit, *[gr.skip()] * 5
     except ValueError as error:
         told = talk(visit.exchanges, len(visit.images), str(error))
-        return told, gr.skip(), {"files": []}, gr.skip(), gr.skip()
-    return talk([], len(visit.images)), shown(visit, *keys), gr.skip(), "", ""
+        return visit, told, gr.skip(), {"files": []}, gr.skip(), gr.skip()
+    return visit, talk([], len(visit.images)), shown(visit, *keys), gr.skip(), "", ""
 
 
 def checked(visit: Visit, message: dict, name: str, pairs: list, pooling: str, again: bool) -> str:
@@ -236,6 +236,16 @@ def again(visit: Visit, message: dict, *keys) -> Iterator[tuple]:
         yield told, gr.skip(), gr.skip(), gr.skip()
 
 
+def lasting(stream: Callable[..., Iterator[tuple]]) -> Callable[..., Iterator[tuple]]:
+    """The same with the visit in front: it lives for an hour after it was last an output."""
+
+    def streamed(visit: Visit, *keys) -> Iterator[tuple]:
+        for out in stream(visit, *keys):
+            yield visit, *out
+
+    return streamed
+
+
 def stopped(visit: Visit) -> str:
     """The conversation after a visitor stopped an answer."""
     for exchange in visit.exchanges[-1:]:
@@ -261,13 +271,13 @@ def new_page(visit: Visit, kind: str, *keys) -> tuple:
     page = pages.layout(rng, KINDS[kind], "test")
     visit.begin([open_image(world.png(page))])
     message = {"text": world.questions(None, page, rng)[0][1], "files": []}
-    return talk([], 1), shown(visit, *keys), message, "\n".join(page.lines()), ""
+    return visit, talk([], 1), shown(visit, *keys), message, "\n".join(page.lines()), ""
 
 
 def clear(visit: Visit, *keys) -> tuple:
     """Forget the conversation and its images."""
     visit.begin([])
-    return talk([]), shown(visit, *keys), None, "", ""
+    return visit, talk([]), shown(visit, *keys), None, "", ""
 
 
 def build() -> gr.Blocks:
@@ -317,21 +327,18 @@ def build() -> gr.Blocks:
         gr.Examples(examples, message, label="Pages made by hand")
 
         keys, quiet = [model, grid, tokens, pooling], {"show_progress": "hidden"}
-        out, view = [conversation, message, figures, looked], [conversation, seen, message]
+        out = [visit, conversation, message, figures, looked]
+        view = [visit, conversation, seen, message, truth, looked]
         asked = [visit, message, *keys, twice, grid2, tokens2]
         limit = {"concurrency_limit": ANSWERS, "concurrency_id": "answers"}
-        events = [message.submit(ask, asked, out, api_name="ask", **limit, **quiet),
-                  retry.click(again, asked, out, api_name="again", **limit, **quiet)]  # fmt: skip
+        limit |= quiet
+        events = [message.submit(lasting(ask), asked, out, api_name="ask", **limit),
+                  retry.click(lasting(again), asked, out, api_name="again", **limit)]  # fmt: skip
         for event in events:
             event.then(shown, [visit, *keys], seen, **quiet)
-        begun = [
-            message.change(added, [visit, message, *keys], [*view, truth, looked],
-                           concurrency_limit=ANSWERS, **quiet),
-            draw.click(new_page, [visit, kind, *keys], [*view, truth, looked], **quiet),
-            forget.click(clear, [visit, *keys], [*view, truth, looked], cancels=events, **quiet),
-        ]  # fmt: skip
-        for event in (*events, *begun):  # a visit lives for an hour after it was last an output
-            event.then(lambda visit: visit, visit, visit, **quiet)
+        message.change(added, [visit, message, *keys], view, concurrency_limit=ANSWERS, **quiet)
+        draw.click(new_page, [visit, kind, *keys], view, **quiet)
+        forget.click(clear, [visit, *keys], view, cancels=events, **quiet)
         gr.on([key.change for key in keys], shown, [visit, *keys], seen, **quiet)
         explain.click(why, [visit, model], looked, **limit)
         stop.click(stopped, visit, conversation, cancels=events, queue=False)

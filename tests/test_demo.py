@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import av
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from gradio_client import Client, handle_file
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import nanollava
 from nanollava.generate import Assistant
@@ -23,6 +25,8 @@ PAGE = ROOT / "recipes/nano/handmade/table.png"
 QUESTION = "What is the gate?"
 CHROMIUM = shutil.which("chromium")
 
+PAGES = []  # as served
+
 sys.path.insert(0, str(ROOT / "demo"))
 app = import_file(str(ROOT / "demo/app.py"))
 views = sys.modules["views"]
@@ -32,6 +36,7 @@ views = sys.modules["views"]
 def address():
     """The demo, served by this process."""
     page = app.serve([str(ROOT / "demo/nano")], prevent_thread_lock=True, quiet=True)
+    PAGES.append(page)
     yield page.local_url
     page.close()
 
@@ -273,12 +278,22 @@ def test_files_of_the_server_are_not_served(address):
 def test_limits_are_told(tmp_path, monkeypatch):
     Image.new("L", (7000, 7000)).save(tmp_path / "large.png")
     for file, told in (
-        (tmp_path / "large.png", "large.png: 7000 x 7000 pixels; the limit is 40,000,000"),
+        (tmp_path / "large.png", "large.png: unreadable image: 7000x7000 pixels, limit 40,000,000"),
+        (tmp_path / "none.png", "none.png: it is gone; add it again"),
         (broken(tmp_path), "broken.png: unreadable image"),
         (shutil.copy(broken(tmp_path), tmp_path / "a.mp4"), "a.mp4: unreadable video"),
     ):
-        with pytest.raises(ValueError, match=told):
-            app.Visit().take([str(file)])
+        visit = app.Visit()
+        with pytest.raises(ValueError, match=told) as refused:
+            visit.take([str(file)])
+        assert str(tmp_path) not in str(refused.value), "a path of the server is told"
+        visit.begin([])
+        assert not Path(file).exists(), "a refused upload stays on disk"
+    large = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for file in large:
+        Image.new("L", (5000, 5000)).save(file)
+    with pytest.raises(ValueError, match="50,000,000 pixels together"):
+        app.Visit().take(large)
     with pytest.raises(ValueError, match="9 files; give at most 8"):
         app.Visit().take(["x.png"] * 9)
     monkeypatch.setattr(app, "MEGABYTES", 0)
@@ -286,27 +301,108 @@ def test_limits_are_told(tmp_path, monkeypatch):
         app.Visit().take([str(PAGE)])
 
 
-def said(visit, text, grid=3, budget=10, twice=False):
-    return list(app.ask(visit, {"text": text}, "nano", grid, budget, "bilinear", twice, 0, 1))
+def said(visit, text, grid=3, budget=10, name="nano", twice=False):
+    return list(app.ask(visit, {"text": text}, name, grid, budget, "bilinear", twice, 0, 1))
 
 
-def test_questions_are_limited_and_refusals_keep_what_was_typed(address, monkeypatch):
+def test_questions_are_limited_and_refusals_lose_nothing(address, monkeypatch):
     visit = app.Visit()
     for text, told in (("", "Type a question"), ("x" * 501, "501 characters")):
         (last,) = said(visit, text)
         assert told in last[0] and last[1]["text"] == text and not visit.exchanges
-    visit.take([str(PAGE)])
+    visit.images = [Image.open(PAGE)]
+    said(visit, QUESTION)
     (last,) = said(visit, QUESTION, budget=0)
-    assert "below one token" in last[0] and last[1]["text"] == QUESTION and not visit.exchanges
-    visit.exchanges = [views.Exchange("a", ["b"], ["c"])] * app.QUESTIONS
+    assert "below one token" in last[0] and last[1]["text"] == QUESTION
+    (last,) = app.again(visit, {"text": "a draft"}, "nano", 6, 1, "bilinear", False, 0, 1)
+    assert "below one token" in last[0] and last[1] == app.gr.skip()
+    assert [e.answers for e in visit.exchanges] == [["gate 36"]]
+    visit.exchanges = visit.exchanges * app.QUESTIONS
     assert "press Clear" in said(visit, QUESTION)[-1][0]
     visit.exchanges = []
     monkeypatch.setattr(app, "SECONDS", -1)
     assert "Stopped after -1 seconds" in said(visit, QUESTION)[-1][0]
 
 
+def test_an_answer_is_made_from_its_own_model_and_setting_only(address, monkeypatch):
+    heard, visit, chat = [], app.Visit(), Assistant.chat
+    keep = lambda self, images, text, history=(), **keys: (  # noqa: E731
+        heard.append(list(history)) or chat(self, images, text, history, **keys)
+    )
+    monkeypatch.setattr(Assistant, "chat", keep)
+    monkeypatch.setitem(app.MODELS, "other", app.MODELS["nano"])
+    for grid, name in ((3, "nano"), (3, "nano"), (2, "nano"), (3, "other")):
+        said(visit, QUESTION, grid=grid, name=name)
+    assert [len(history) for history in heard] == [0, 1, 0, 0]
+
+
+def test_another_image_ends_an_answer_and_stop_marks_unfinished_ones_only(address):
+    visit = app.Visit()
+    said(visit, QUESTION)
+    assert "Stopped" not in app.stopped(visit)
+    stream = app.ask(visit, {"text": QUESTION}, "nano", 3, 10, "bilinear", False, 0, 1)
+    next(stream), next(stream)
+    assert "Stopped" in app.stopped(visit)
+    app.new_page(visit, "document", "nano", 3, 10, "bilinear")
+    assert list(stream) == [] and not visit.exchanges
+
+
+def test_a_visit_is_forgotten_an_hour_after_its_end(address, tmp_path):
+    """Gradio counts from when a state was last an output of an event."""
+    client = Client(address, verbose=False)
+    file = shutil.copy(PAGE, tmp_path / "mine.png")
+    Image.open(file).resize((98, 98)).save(file)
+    message = {"text": QUESTION, "files": [handle_file(str(file))]}
+    client.predict(message, "nano", 3, 10, "bilinear", False, 0, 10, api_name="/ask")
+    holder = PAGES[0].state_holder
+    session = holder.session_data[client.session_hash]
+    (visit,) = (v for v in session.state_data.values() if isinstance(v, app.Visit))
+    (upload,) = map(Path, visit.files)
+    assert upload.exists() and visit.images
+    long_ago = datetime.now() - timedelta(hours=2)
+    session._state_ttl = {key: (hour, long_ago) for key, (hour, _) in session._state_ttl.items()}
+    holder.delete_all_expired_state()
+    assert not upload.exists() and not visit.images
+    assert not [v for v in session.state_data.values() if isinstance(v, app.Visit)]
+
+
+def test_equal_files_are_kept_as_long_as_one_visit_holds_them(tmp_path):
+    file = str(shutil.copy(PAGE, tmp_path / "equal.png"))
+    Image.open(file).resize((99, 99)).save(file)
+    one, other = app.Visit(), app.Visit()
+    one.take([file])
+    other.take([file])
+    one.begin([])
+    assert Path(file).exists()
+    other.begin([])
+    assert not Path(file).exists()
+
+
+def test_what_a_file_says_about_its_type_is_not_believed(tmp_path):
+    note = PngInfo()
+    note.add_text("glyph_px", "twelve")
+    Image.new("RGB", (96, 96)).save(tmp_path / "odd.png", pnginfo=note)
+    visit = app.Visit()
+    visit.take([str(tmp_path / "odd.png")])
+    assert "type of" not in views.sees(
+        visit.images, app.layouts(visit, "nano", 2, 5, "bilinear"), 36
+    )
+
+
+def test_the_grid_is_seen_where_the_tiles_meet(address):
+    visit = app.Visit(images=[Image.new("RGB", (4000, 3000), "white")])
+    (lay,) = app.layouts(visit, "nano", 2, 5, "bilinear")
+    pixels = np.asarray(views.with_grid(visit.images[0], lay)).astype(int)
+    assert lay.grid == (2, 2) and max(pixels.shape[:2]) == views.LARGEST
+    red = np.abs(pixels - views.GRID).max(-1) < 30  # (H, W)
+    assert red[:, 178:183].all(0).any() and red[133:138].all(1).any()
+    assert red.mean() < 0.05
+
+
 def test_what_was_uploaded_goes_with_the_conversation(tmp_path):
-    files = [str(shutil.copy(PAGE, tmp_path / f"{i}.png")) for i in range(2)]
+    files = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (90, 90 + i)).save(file)
     example, visit = str(shutil.copy(PAGE, tmp_path)), app.Visit()
     visit.take(files[:1])
     visit.take(files[1:])
