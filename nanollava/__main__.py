@@ -27,7 +27,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
         return
     from nanollava.train import train as run_stages
 
-    run = run_stages(keys)
+    run = Path(os.path.relpath(run_stages(keys)))  # short where it is printed
     if any(keys.tasks.values()):
         score(run, [], 0, keys)
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 MAX_PIXELS = 150_000_000
 # Pixels only: Pillow hands EPS to another program, and some video containers name other files.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "ICO", "TGA")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")
 CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "gif", "mpegts", "ogg", "flv")
 UNREADABLE = (OSError, SyntaxError, ValueError, ArithmeticError, struct.error, MemoryError,
               Image.DecompressionBombError)  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap
@@ -175,7 +176,7 @@ def save_sample(assistant: Any, run: str | Path) -> str:
 def show(rows: Sequence[dict], console: Console | None = None) -> None:
     """Print scores by task and setting, each with its 95% interval."""
     settings = list(dict.fromkeys(row["setting"] for row in rows))
-    table = Table(title="score in %, with its 95% interval over questions")
+    table = Table(title="score in %, with its 95% interval over questions", box=SIMPLE)
     table.add_column("task")
     table.add_column("metric")
     table.add_column("chance", justify="right")

@@ -98,11 +98,11 @@ class Expected:
         self.band = {int(r["step"]): (r["low"], r["high"]) for r in rows if len(rows) == steps}
 
     def tell(self, step: int, loss: float) -> str:
-        """A postfix for a progress bar: "loss 0.312 (expected 0.289 to 0.331)"."""
+        """A postfix for a progress bar: "loss 0.312 (expected 0.28-0.33)"."""
         self.last.append(loss)
         told = f"loss {sum(self.last) / len(self.last):.3f}"
         low, high = self.band.get(step, ("", ""))
-        return f"{told} (expected {low} to {high})" if low else told
+        return f"{told} (expected {low}-{high})" if low else told
 
 
 def write_reference(runs: Iterable[str | Path], out: str | Path) -> None:
@@ -116,6 +116,6 @@ def write_reference(runs: Iterable[str | Path], out: str | Path) -> None:
             told.setdefault((row["stage"], int(row["step"])), []).append(sum(window) / len(window))
     with Path(out).open("w", newline="") as file:
         csv.writer(file).writerows([("stage", "step", "low", "high"), *(
-            (*place, f"{min(means) * 0.95:.3f}", f"{max(means) * 1.05:.3f}")
+            (*place, f"{min(means) * 0.95:.2f}", f"{max(means) * 1.05:.2f}")
             for place, means in told.items()
         )])  # fmt: skip

@@ -102,7 +102,8 @@ class Report(Callback):
         if dist.get_global_rank() == 0:
             done, total = int(state.timestamp.batch), int(state.max_duration.value)
             keep_losses(self.run, self.name, done)
-            self.bar = tqdm(total=total, initial=done, desc=self.name, unit="step", mininterval=1)
+            form = self.name + "|{bar:10}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+            self.bar = tqdm(total=total, initial=done, mininterval=1, bar_format=form)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         student = state.model.module if dist.get_world_size() > 1 else state.model

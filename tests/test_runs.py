@@ -79,8 +79,8 @@ def test_the_band_lies_around_the_means_of_ten_steps(tmp_path):
     write_reference([tmp_path / "a", tmp_path / "b"], out := tmp_path / "reference.csv")
     expected = Expected(str(out), "stage1", 11)
     told = [expected.tell(step, 2.5) for step in range(1, 13)]
-    assert told[0] == "loss 2.500 (expected 1.900 to 3.150)"  # 2 - 5%, 3 + 5%
-    assert told[10] == "loss 2.500 (expected 1.805 to 3.255)"  # means 1.9 and 3.1
+    assert told[0] == "loss 2.500 (expected 1.90-3.15)"  # 2 - 5%, 3 + 5%
+    assert told[10] == "loss 2.500 (expected 1.80-3.26)"  # means 1.9 and 3.1
     assert told[11] == "loss 2.500"  # the reference ends at step 11
     for none in (Expected(str(out), "stage2", 11), Expected("", "stage1", 11),
                  Expected(str(out), "stage1", 12)):  # fmt: skip

@@ -2,8 +2,8 @@
 
     python tests/bench/demo.py
 
-Everything goes through Gradio's client, so a figure is what a visitor waits for. Visitors ask at the
-same moment, each about a page that is new to them in every round.
+Everything goes through Gradio's client, so a figure is what a visitor waits for. Visitors ask at
+the same moment, each about a page that is new to them in every round.
 """
 
 import socket
