@@ -27,7 +27,7 @@ from torch.nn import functional as F
 MAX_PIXELS = 150_000_000
 # Pixels only: Pillow hands EPS to another program, and some video containers name other files.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")
-CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "gif", "mpegts", "ogg", "flv")
+CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpegts,ogg,flv"
 UNREADABLE = (OSError, SyntaxError, ValueError, ArithmeticError, struct.error, MemoryError,
               Image.DecompressionBombError)  # fmt: skip
 GRIDS = {
@@ -208,9 +208,8 @@ def open_video(data: bytes | str | Path, count: int, limit: int = MAX_PIXELS) ->
     import av
 
     def pieces(cut: str) -> Iterator:
-        with av.open(io.BytesIO(data) if isinstance(data, bytes) else str(data)) as video:
-            if video.format.name not in CONTAINERS:  # some others name files to be opened
-                raise ValueError(f"a container {video.format.name!r}; known: {CONTAINERS}")
+        source = io.BytesIO(data) if isinstance(data, bytes) else str(data)
+        with av.open(source, options={"format_whitelist": CONTAINERS}) as video:
             stream = video.streams.video[0]
             pixels = stream.width * stream.height
             if pixels > limit or pixels * stream.frames > 100 * limit:

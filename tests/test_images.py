@@ -4,6 +4,7 @@ import io
 import random
 from dataclasses import replace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 
 import nanollava.anyres
 import nanollava.model
-from nanollava.anyres import Visual, open_image
+from nanollava.anyres import Visual, open_image, open_video
 from nanollava.encoder import Encoder, Row
 from nanollava.model import VLM
 from nanollava.prompts import Turn
@@ -143,17 +144,51 @@ def test_bytes_and_files_are_read_alike(tmp_path):
 # ---- what cannot be read
 
 
-def test_unreadable_images_are_errors(monkeypatch, tmp_path):
+def test_unreadable_images_are_errors(tmp_path):
     cut = photo()[:-20_000]
     svg = b"<svg xmlns='http://www.w3.org/2000/svg'></svg>"
     for data in (cut, b"", b"no image", svg, photo()[:100], str(tmp_path / "none.png")):
         with pytest.raises(ValueError, match="unreadable image: "):
             open_image(data)
-    monkeypatch.setattr(nanollava.anyres, "MAX_PIXELS", 1999)
+    small = encoded(Image.new("RGB", (50, 40)))
     with pytest.raises(ValueError, match="unreadable image: 50x40 pixels, limit 1,999"):
-        open_image(encoded(Image.new("RGB", (50, 40))))
-    monkeypatch.setattr(nanollava.anyres, "MAX_PIXELS", 2000)
-    assert open_image(encoded(Image.new("RGB", (50, 40)))).size == (50, 40)
+        open_image(small, 1999)
+    assert open_image(small, 2000).size == (50, 40)
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage"
+    with pytest.raises(ValueError, match="unreadable image: none of PNG, JPEG"):
+        open_image(postscript)  # Pillow would start another program for it
+
+
+def film(frames, width=64, height=48, kind="mp4"):
+    """A video whose frame i is grey 20 i, as bytes."""
+    with av.open(file := io.BytesIO(), "w", format=kind) as video:
+        stream = video.add_stream("mpeg4", rate=8)
+        stream.width, stream.height = width, height
+        for i in range(frames):
+            grey = np.full((height, width, 3), 20 * i % 256, np.uint8)
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(grey, "rgb24")))
+        video.mux(stream.encode())
+    return file.getvalue()
+
+
+def test_frames_of_a_video_lie_evenly_from_the_first_to_the_last():
+    for wanted, found in ((4, (0, 3, 6, 10)), (1, (0,)), (20, range(11))):
+        frames = open_video(film(11), wanted)
+        greys = np.array([np.asarray(frame).mean() for frame in frames])
+        assert len(greys) == len(found) and np.abs(greys - 20 * np.array(found)).max() < 4
+    assert len(open_video(film(5, kind="avi"), 4)) == 4
+
+
+def test_unreadable_videos_are_errors(tmp_path):
+    whole, playlist = film(5), b"ffconcat version 1.0\nfile other.mp4\n"
+    for data in (b"", b"no video", whole[:200], playlist, photo(), str(tmp_path / "none.mp4")):
+        with pytest.raises(ValueError, match="unreadable video: "):
+            open_video(data, 4)
+    with pytest.raises(ValueError, match="5 frames of 64x48 pixels, limit 3,071 each"):
+        open_video(whole, 4, 3071)
+    assert len(open_video(whole, 4, 3072)) == 4
+    with pytest.raises(ValueError, match="101 frames of 64x48 pixels, limit 3,072 each"):
+        open_video(film(101), 4, 3072)
 
 
 @pytest.mark.filterwarnings("ignore")
