@@ -77,3 +77,56 @@ def test_the_syllabus_names_every_notebook():
     syllabus = (ROOT / "notebooks/README.md").read_text()
     assert all(file.name in syllabus for file in NOTEBOOKS)
     assert set(re.findall(r"\d\d_\w+\.ipynb", syllabus)) == {file.name for file in NOTEBOOKS}
+
+
+# ------------------------------------------------------------------------------ what they draw
+
+plots = import_file(str(ROOT / "notebooks/plots.py"))
+lab = import_file(str(ROOT / "notebooks/lab.py"))
+
+
+def printed(table):
+    """{column: value} of each row of a blog table."""
+    keys = plots.BLOG["tables"][table]
+    return [dict(zip([*keys["factors"], *keys["metrics"]], row)) for row in keys["rows"]]
+
+
+def test_what_the_blog_prints_twice_agrees_and_its_means_are_means():
+    for table, row in (("T7", 0), ("T8", 2), ("T9", 0)):
+        for column in ("chartqa", "docvqa", "infovqa", "vizwiz", "pope"):
+            assert printed(table)[row][column] == printed("T4")[0][column]
+    for table in ("T1", "T3", "T11"):
+        keys = plots.BLOG["tables"][table]
+        doubted = {row for row, *_ in keys["doubts"]}
+        for i, row in enumerate(printed(table)):
+            scores = [row[key] for key in keys["metrics"] if key != "avg"]
+            if row["avg"] is not None and i not in doubted:
+                assert abs(statistics.mean(scores) - row["avg"]) < 0.16, (table, i)
+
+
+def test_a_blog_table_shows_the_rows_and_columns_asked_for():
+    shown = plots.blog("T4", "max_grids", "docvqa", rows=(0, 3))
+    assert shown.data.values.tolist() == [["2x2", 58.8], ["6x6", 56.7]]
+
+
+def test_bars_reach_from_low_to_high_and_chance_is_marked():
+    row = {"setting": "a", "task": "nano-x", "score": 0.5, "low": 0.4, "high": 0.7, "chance": 0.1}
+    plots.bars([row])
+    axis = plots.plt.gca()
+    (bar,), whisker, line = axis.patches, *axis.collections
+    assert bar.get_height() == 50
+    assert whisker.get_segments()[0][:, 1].tolist() == pytest.approx([40, 70])
+    assert line.get_segments()[0][:, 1].tolist() == pytest.approx([10, 10])
+    plots.plt.close("all")
+
+
+def test_measure_asks_as_many_questions_as_it_says(monkeypatch):
+    asked = []
+    monkeypatch.setattr(lab, "QUICK", False)
+    monkeypatch.setattr(lab, "evaluate_task", lambda llava, name, task, visual: asked.append(
+        (name, task.samples, task.split, visual.max_grid)) or {"task": name})  # fmt: skip
+    llava = type("Fake", (), {"model": type("Fake", (), {"recipe": lab.read_recipe(
+        ROOT / "recipes/nano.yaml")})})  # fmt: skip
+    rows = lab.measure(llava, ["nano-doc"], {"one": {"max_grid": "1x1"}}, n=7)
+    assert asked == [("nano-doc", 7, "test", "1x1")] and rows == [
+        {"setting": "one", "task": "nano-doc"}]  # fmt: skip
