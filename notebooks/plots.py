@@ -159,6 +159,7 @@ def budget(model, image: Image.Image, grid: str, tau: str) -> None:
     axes[1].barh(list(parts), [n / 1e6 for n in parts.values()], color=OURS[:3])
     axes[1].set(xlim=(0, 900), xlabel="million FLOPs")
     axes[1].set_title(f"{lay.views} views x {T} features -> {lay.tokens} tokens", fontsize=9)
+    axes[0].figure.tight_layout()
 
 
 def losses(run: str | Path) -> None:
