@@ -23,6 +23,7 @@ NANO = Path(__file__).parents[1] / "recipes" / "nano"
 world = import_file(str(NANO / "world.py"))
 pages = import_file(str(NANO / "pages.py"))
 KINDS = tuple(pages.KINDS)
+WEIGHTS = json.loads((NANO / "weights/scores.json").read_text())  # a row for each part that ships
 PRINTED = ("doc", "dense", "chart", "info", "zh")
 TASKS = [*PRINTED, "presence", "choice", "motion", "transcribe", "caption"]
 MIXES = ["short_captions", "transcriptions", "detailed", "documents", "chinese", "instructions",
@@ -256,17 +257,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_shipped_weights_see_and_look_up(one_thread):
+@pytest.mark.parametrize("size", [name[-1] for name in WEIGHTS if name.startswith("llm_")])
+def test_shipped_weights_see_and_look_up(one_thread, size):
     sight, reading = (import_file(str(NANO / f"{name}.py")) for name in ("sight", "reading"))
     weights, tokenizer = NANO / "weights", (NANO / "tokenizer" / "tokenizer.json").read_text()
-    assert (weights / "llm_m" / "tokenizer.json").read_text() == tokenizer
+    assert (weights / f"llm_{size}" / "tokenizer.json").read_text() == tokenizer
     assert json.loads(tokenizer) == json.loads(reading.TOKENIZER.backend_tokenizer.to_str())
-    llm = AutoModelForCausalLM.from_pretrained(weights / "llm_m", dtype="float32")
+    llm = AutoModelForCausalLM.from_pretrained(weights / f"llm_{size}", dtype="float32")
     found = reading.ceilings(llm, 10)
     assert all(found[task]["text"] > 0.8 for task in ("doc", "chart", "info", "scene", "choice"))
     assert all(found[task]["raster"] > 0.4 for task in ("doc", "chart", "info", "scene"))
-    model = sight.Sight("nano_m")  # no heads are shipped: features must tell glyphs apart
-    model.encoder.visual.load_state_dict(load_file(weights / "encoder_m.safetensors"))
+    model = sight.Sight(f"nano_{size}")  # no heads are shipped: features must tell glyphs apart
+    model.encoder.visual.load_state_dict(load_file(weights / f"encoder_{size}.safetensors"))
     views, _, halves, *_ = sight.Windows(random.Random(0), 60, "test").batch(1600, 1)
     with torch.no_grad():
         seen, left = model.encoder(views).flatten(0, 1), halves[:, :, ::2].flatten()
