@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from nanollava.llm import load_llm
 from nanollava.prompts import IGNORE, IMAGE, encode, read_turns
 from nanollava.sources import import_file
 
@@ -263,7 +264,7 @@ def test_shipped_weights_see_and_look_up(one_thread, size):
     weights, tokenizer = NANO / "weights", (NANO / "tokenizer" / "tokenizer.json").read_text()
     assert (weights / f"llm_{size}" / "tokenizer.json").read_text() == tokenizer
     assert json.loads(tokenizer) == json.loads(reading.TOKENIZER.backend_tokenizer.to_str())
-    llm = AutoModelForCausalLM.from_pretrained(weights / f"llm_{size}", dtype="float32")
+    llm = load_llm(str(weights / f"llm_{size}"))
     found = reading.ceilings(llm, 10)
     assert all(found[task]["text"] > 0.8 for task in ("doc", "chart", "info", "scene", "choice"))
     assert all(found[task]["raster"] > 0.4 for task in ("doc", "chart", "info", "scene"))
