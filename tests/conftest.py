@@ -1,5 +1,6 @@
 """Tiny stand-ins that the tests share: one tokenizer, one random model, one recipe."""
 
+import io
 import os
 from importlib.util import find_spec
 
@@ -16,6 +17,21 @@ ROOT = Path(__file__).parents[1]
 NEED = {"test_demo.py": "gradio", "test_notebooks.py": "nbclient"}
 collect_ignore = [name for name, library in NEED.items() if find_spec(library) is None]
 TOKENIZER = ROOT / "recipes" / "nano" / "tokenizer"
+
+
+def film(frames, width=64, height=48, kind="mp4"):
+    """A video whose frame i is grey 20 i, as bytes."""
+    import av
+    import numpy as np
+
+    with av.open(file := io.BytesIO(), "w", format=kind) as video:
+        stream = video.add_stream("mpeg4", rate=8)
+        stream.width, stream.height = width, height
+        for i in range(frames):
+            grey = np.full((height, width, 3), 20 * i % 256, np.uint8)
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(grey, "rgb24")))
+        video.mux(stream.encode())
+    return file.getvalue()
 
 
 @pytest.fixture(scope="session")

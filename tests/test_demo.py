@@ -9,9 +9,9 @@ import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
+from conftest import film
 from gradio_client import Client, handle_file
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -108,18 +108,6 @@ def broken(tmp_path):
     file = tmp_path / "broken.png"
     file.write_bytes(PAGE.read_bytes()[:200])
     return file
-
-
-def film(path: Path) -> Path:
-    """Eleven frames of 96x96, each a grey of its own."""
-    with av.open(str(path), "w") as video:
-        stream = video.add_stream("mpeg4", rate=8)
-        stream.width = stream.height = 96
-        for i in range(11):
-            grey = av.VideoFrame.from_ndarray(np.full((96, 96, 3), 20 * i, np.uint8), "rgb24")
-            video.mux(stream.encode(grey))
-        video.mux(stream.encode())
-    return path
 
 
 # ------------------------------------------------------------------------------ in a browser
@@ -414,7 +402,8 @@ def test_what_was_uploaded_goes_with_the_conversation(tmp_path):
 
 def test_a_video_becomes_frames(tmp_path):
     visit = app.Visit()
-    visit.take([str(film(tmp_path / "film.mp4"))])
+    (tmp_path / "film.mp4").write_bytes(film(11, 96, 96))
+    visit.take([str(tmp_path / "film.mp4")])
     greys = [image.getpixel((48, 48))[0] for image in visit.images]
     assert len(greys) == app.FRAMES and np.abs(np.array(greys) - [0, 60, 120, 200]).max() < 4
 

@@ -4,11 +4,10 @@ import io
 import random
 from dataclasses import replace
 
-import av
 import numpy as np
 import pytest
 import torch
-from conftest import llm_folder
+from conftest import film, llm_folder
 from matplotlib.cbook import get_sample_data
 from open_clip.transformer import VisionTransformer
 from PIL import Image
@@ -157,18 +156,6 @@ def test_unreadable_images_are_errors(tmp_path):
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage"
     with pytest.raises(ValueError, match="unreadable image: none of PNG, JPEG"):
         open_image(postscript)  # Pillow would start another program for it
-
-
-def film(frames, width=64, height=48, kind="mp4"):
-    """A video whose frame i is grey 20 i, as bytes."""
-    with av.open(file := io.BytesIO(), "w", format=kind) as video:
-        stream = video.add_stream("mpeg4", rate=8)
-        stream.width, stream.height = width, height
-        for i in range(frames):
-            grey = np.full((height, width, 3), 20 * i % 256, np.uint8)
-            video.mux(stream.encode(av.VideoFrame.from_ndarray(grey, "rgb24")))
-        video.mux(stream.encode())
-    return file.getvalue()
 
 
 def test_frames_of_a_video_lie_evenly_from_the_first_to_the_last():
