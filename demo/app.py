@@ -64,11 +64,12 @@ class Visit:
         return self.answering[name, place]
 
     def take(self, files: list[str]) -> bool:
-        """Read images and videos that were just added: a conversation about them begins.
+        """Read the images and videos in the box, if they changed: a conversation about them begins.
 
         Raises ValueError for what cannot be read or is too much; it goes with the next beginning.
         """
-        if not files or tuple(files) == self.files:
+        asked = self.exchanges or not self.files  # then the box is empty, and its images stay
+        if tuple(files) == self.files or not files and asked:
             return False
         new = set(files) - self.held
         HELD.update(new)
@@ -81,6 +82,10 @@ class Visit:
             raise ValueError(f"{pixels:,} pixels together; the limit is {PIXELS:,}")
         self.begin(images, files)
         return True
+
+    def readable(self, message: dict) -> dict:
+        """What stands in the box, without the files that were refused."""
+        return {**message, "files": [x for x in message.get("files") or [] if x in self.files]}
 
     def begin(self, images: list[Image.Image], files: Sequence[str] = ()) -> None:
         """Forget the last conversation, and its files on disk; start one about these images."""
@@ -147,13 +152,13 @@ def shown(visit: Visit, name: str, *setting) -> str:
 
 
 def added(visit: Visit, message: dict, *keys) -> tuple:
-    """Files were dropped: show them and begin a conversation about them."""
+    """Files were dropped or taken out: show those that are there; a conversation begins."""
     try:
         if not visit.take(message["files"]):
             return visit, *[gr.skip()] * 5
     except ValueError as error:
         told = talk(visit.exchanges, len(visit.images), str(error))
-        return visit, told, gr.skip(), {"files": []}, gr.skip(), gr.skip()
+        return visit, told, gr.skip(), visit.readable(message), gr.skip(), gr.skip()
     return visit, talk([], len(visit.images)), shown(visit, *keys), gr.skip(), "", ""
 
 
@@ -183,7 +188,7 @@ def ask(visit: Visit, message: dict, name: str, grid: int, tokens: int, pooling:
         question = checked(visit, message, name, pairs, pooling, again)
     except ValueError as error:
         told = talk(visit.exchanges, len(visit.images), str(error))
-        yield told, gr.skip() if again else {**message, "files": []}, gr.skip(), gr.skip()
+        yield told, gr.skip() if again else visit.readable(message), gr.skip(), gr.skip()
         return
     before = visit.exchanges[: len(visit.exchanges) - again]
     exchange = Exchange(question, [named(name, *pair, pooling) for pair in pairs])

@@ -97,7 +97,7 @@ def talk(exchanges: Sequence[Exchange], images: int = 0, error: str = "") -> str
         rows.append(f'<p class="question">{escape(exchange.question)}</p>'
                     f'<div class="answers">{cards}</div>{note}')  # fmt: skip
     about = f"about {images} image{'s' * (images > 1)}" if images else "without an image"
-    empty = f"<p>Ask something {about}{'; Clear forgets it' if images else ''}.</p>"
+    empty = f"<p>Ask something {about}.</p>"
     failed = f'<p class="error" role="alert">{escape(error)}</p>' if error else ""
     said = f'<div class="said">{"".join(rows) or empty}{failed}</div>'
     return f'<div class="talk" role="log" tabindex="0" aria-label="conversation">{said}</div>'

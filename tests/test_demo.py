@@ -168,6 +168,22 @@ def test_a_broken_file_is_refused_and_nothing_is_lost(tab, tmp_path):
     assert ask(page, "What is the bus?") == ["bus 59"]
 
 
+def test_an_image_taken_out_of_the_box_is_forgotten_and_a_refusal_takes_none_out(tab, tmp_path):
+    page = tab()
+    drop(page, PAGE)
+    page.wait_for_selector("#sees .tiles img")
+    page.fill("#question textarea", "x" * 501)
+    page.press("#question textarea", "Enter")
+    page.wait_for_selector("#conversation [role=alert]")
+    drop(page, broken(tmp_path))
+    page.wait_for_function("document.querySelector('[role=alert]').innerText.includes('broken')")
+    page.wait_for_timeout(1000)
+    assert page.locator("#sees .tiles img").count() == 9
+    page.locator("#question button.delete-button").click()
+    page.wait_for_selector("#sees .tiles img", state="detached")
+    assert "without an image" in page.inner_text("#conversation")
+
+
 def test_two_visitors_at_once_have_conversations_of_their_own(tab):
     one, other = tab(), tab()
     drop(one, PAGE)
