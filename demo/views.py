@@ -45,10 +45,10 @@ def with_grid(image: Image.Image, lay: Layout) -> Image.Image:
     size = (max(1, round(image.width * zoom)), max(1, round(image.height * zoom)))
     image = image.resize(size, Image.NEAREST if zoom > 1 else Image.BILINEAR)
     draw, sx, sy = ImageDraw.Draw(image), image.width / max(w, 1), image.height / max(h, 1)
-    for i in range(a + 1):
+    for i in range(a + 1 if a else 0):
         x = min(max((i * lay.tile - left) * sx, 0), image.width - 1)
         draw.line((x, 0, x, image.height), GRID, 2)
-    for i in range(b + 1):
+    for i in range(b + 1 if b else 0):
         y = min(max((i * lay.tile - top) * sy, 0), image.height - 1)
         draw.line((0, y, image.width, y), GRID, 2)
     return image
@@ -70,12 +70,13 @@ def sees(images: Sequence[Image.Image], layouts: Sequence[Layout], T: int) -> st
             for n, tile in enumerate(tiles)
         )
         glyph = float(image.info.get("glyph_px", 0))
-        formula = f"({a} x {b} + 1) x {T}" if a else f"{T}"
+        formula = f"({a} x {b} + 1) x {T} = {lay.views * T}" if a else T
+        drawn = f"grid {a} x {b}" if a else "no grid"
         told = "<br>".join(map(escape, describe(lay, T, glyph).split("\n")))
         parts.append(
-            f'<figure><figcaption><b data-tokens="{lay.tokens}">{formula} = {lay.views * T} '
+            f'<figure><figcaption><b data-tokens="{lay.tokens}">{formula} '
             f"features &rarr; {lay.tokens} visual tokens</b></figcaption>"
-            f'<div class="views"><div>{over}<small>grid {a} x {b}</small></div>'
+            f'<div class="views"><div>{over}<small>{drawn}</small></div>'
             f"<div>{shown}<small>base view</small></div>"
             f'<div class="tiles" style="grid-template-columns: repeat({max(a, 1)}, 1fr)">{cells}'
             f"</div></div><p>{told}</p></figure>"

@@ -177,7 +177,7 @@ def show(rows: Sequence[dict], console: Console | None = None) -> None:
     """Print scores by task and setting, each with its 95% interval."""
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     table = Table(title="score in %, with its 95% interval over questions", box=SIMPLE)
-    table.add_column("task")
+    table.add_column("task", no_wrap=True)
     table.add_column("metric")
     table.add_column("chance", justify="right")
     for setting in settings:

@@ -63,9 +63,10 @@ def describe(lay: Layout, features: int, glyph: float = 0.0) -> str:
     seen = glyph / token
     word = "legible" if seen >= 1 else "hardly legible" if seen >= 0.5 else "illegible"
     known = f"type of {glyph:g} pixels is {seen:.1f} visual tokens high: {word}; " if glyph else ""
+    views = f"{lay.views} views" if a else "1 view"
     return (
         f"saw {W}x{H} pixels as {f'grid {a}x{b} + base view' if a else 'base view only'}: "
-        f"{lay.views} views of {lay.tile} pixels (scale {w / W:.2f} x {h / H:.2f}), "
+        f"{views} of {lay.tile} pixels (scale {w / W:.2f} x {h / H:.2f}), "
         f"{lay.views * features} features -> {lay.tokens} visual tokens + {lay.newlines} newlines\n"
         f"{known}type from {token:.0f} pixels on is legible"
     )
