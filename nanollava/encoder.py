@@ -1,22 +1,29 @@
 """The vision encoder: views uint8[N, 3, R, R] -> features float[N, T, C].
 
-One row per encoder, one code path: open_clip builds the tower, `forward_intermediates` reads it.
-The tower is cut at its feature layer when it is loaded: later blocks, the norm after them and the
-pooling head are dropped, so every parameter that is left gets a gradient. The feature layers are
-the released code's: CLIP block 23 of 24, SigLIP block 26 of 27, EVA the last block; the class
-token is never used.
+One row per encoder, one code path: open_clip builds the tower, or timm where open_clip does not
+know it (EVA-CLIP-8B), and `forward_intermediates`, which both have, reads it. The tower is cut at
+its feature layer when it is loaded: later blocks, the norm after them and the pooling head are
+dropped, so every parameter that is left gets a gradient. The feature layers are the released
+code's: CLIP block 23 of 24, SigLIP block 26 of 27, EVA the last block; the class token is never
+used.
 """
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import open_clip
 import torch
+from huggingface_hub import hf_hub_download
 from open_clip.transformer import VisionTransformer
 from safetensors.torch import load_file
+from timm.layers import RmsNorm
+from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nanollava.hub import fetching
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
@@ -32,10 +39,11 @@ class Row:
     blocks: int  # blocks kept, counted from the first: the feature layer
     mean: tuple = HALF
     std: tuple = HALF
-    open_clip: str = ""  # open_clip's model name and the tag of its published weights
-    tag: str = ""
-    heads: int = 0  # the rest only for towers that are built here
-    stem: tuple[int, ...] = ()  # channels of the convolutional stem in place of `conv1`
+    open_clip: str = ""  # open_clip's model name; its `published` is a tag
+    hub: str = ""  # a hub id, for EVA-CLIP-8B; its `published` is a file there
+    published: str = ""
+    heads: int = 0  # only for towers that are built here
+    stem: tuple[int, ...] = ()  # nano: channels of the convolutional stem in place of `conv1`
 
     @property
     def side(self) -> int:
@@ -43,15 +51,23 @@ class Row:
         return self.tile // self.patch
 
 
+CLIP = {"mean": CLIP_MEAN, "std": CLIP_STD}
 ENCODERS = {
-    "clip_l_224": Row(224, 14, 1024, 23, CLIP_MEAN, CLIP_STD, "ViT-L-14-quickgelu", "openai"),
-    "clip_l_336": Row(336, 14, 1024, 23, CLIP_MEAN, CLIP_STD, "ViT-L-14-336-quickgelu", "openai"),
-    "eva02_e_224": Row(224, 14, 1792, 64, CLIP_MEAN, CLIP_STD, "EVA02-E-14", "laion2b_s4b_b115k"),
-    "so400m_384": Row(384, 14, 1152, 26, HALF, HALF, "ViT-SO400M-14-SigLIP-384", "webli"),
+    "clip_l_224": Row(224, 14, 1024, 23, **CLIP,
+                      open_clip="ViT-L-14-quickgelu", published="openai"),
+    "clip_l_336": Row(336, 14, 1024, 23, **CLIP,
+                      open_clip="ViT-L-14-336-quickgelu", published="openai"),
+    "eva02_e_224": Row(224, 14, 1792, 64, **CLIP,
+                       open_clip="EVA02-E-14", published="laion2b_s4b_b115k"),
+    "eva_8b_224": Row(224, 14, 4096, 32, **CLIP, hub="BAAI/EVA-CLIP-8B",
+                      published="EVA_CLIP_8B_psz14_s9B.pt", heads=32),
+    "eva_8b_448": Row(448, 14, 4096, 32, **CLIP, hub="BAAI/EVA-CLIP-8B-448",
+                      published="EVA_CLIP_8B_psz14_plus_s0.6B.pt", heads=32),
+    "so400m_384": Row(384, 14, 1152, 26, open_clip="ViT-SO400M-14-SigLIP-384", published="webli"),
     "nano_s": Row(48, 8, 64, 2, heads=4, stem=(24, 48, 64)),
     "nano_m": Row(48, 8, 96, 3, heads=6, stem=(24, 64, 96)),
     "nano_l": Row(48, 8, 128, 4, heads=8, stem=(32, 96, 128)),
-}
+}  # fmt: skip
 
 
 class Encoder(nn.Module):
@@ -90,27 +106,56 @@ def conv_stem(channels: tuple[int, ...], width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(before, width, 2, 2, bias=False))
 
 
-def build(row: Row, weights: str = "published") -> Encoder:
-    """An encoder with published weights, weights of a .safetensors file, or random ones.
+def eva(row: Row) -> Eva:
+    """EVA-CLIP-8B's image tower; its class in timm is used for EVA-02 too."""
+    return Eva(
+        row.tile, row.patch, embed_dim=row.width, depth=row.blocks, num_heads=row.heads,
+        mlp_ratio=5, qkv_bias=False, norm_layer=partial(RmsNorm, eps=1e-6), num_classes=0,
+        global_pool="token",
+    )  # fmt: skip
 
-    Raises FileNotFoundError when the file is missing, and open_clip's error when a published
-    tag cannot be fetched.
+
+def load_eva(visual: Eva, file: str) -> None:
+    """The image tower of EVA-CLIP's published .pt, or of a file with the tower alone."""
+    state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    own = visual.state_dict()
+    found = {k.removeprefix("visual."): v for k, v in state.items()}
+    odd = [k for k in own if k not in found or found[k].shape != own[k].shape]
+    if odd:
+        raise ValueError(f"{file} does not hold this EVA tower: {odd[:3]} missing or of other size")
+    visual.load_state_dict({k: found[k] for k in own})
+
+
+def build(row: Row, weights: str = "published") -> Encoder:
+    """An encoder with published weights, those of a file, or random ones.
+
+    A file is what the publisher ships (open_clip's or EVA's whole checkpoint), for nano a
+    .safetensors of the cut tower. Raises FileNotFoundError where it or the network is missing.
     """
+    file = "" if weights in ("published", "random") else weights
+    if file and not Path(file).is_file():
+        raise FileNotFoundError(
+            f"encoder_weights: {file} is not a file; give a checkpoint, `published` or `random`"
+        )
     if row.open_clip:
-        tag = row.tag if weights == "published" else None
-        visual = open_clip.create_model(row.open_clip, pretrained=tag).visual
+        tag = None if weights == "random" else file or row.published
+        with fetching(f"{row.open_clip}: {tag}", "encoder_weights"):
+            device = torch.get_default_device()
+            visual = open_clip.create_model(row.open_clip, pretrained=tag, device=device).visual
         cut = getattr(visual, "trunk", visual)  # timm's tower stands behind a wrapper
+    elif row.hub:
+        visual = cut = eva(row)
+        if weights == "published":
+            with fetching(f"{row.hub}: {row.published}", "encoder_weights"):
+                file = hf_hub_download(row.hub, row.published)
+        if file:
+            load_eva(visual, file)
     else:
         visual = cut = VisionTransformer(
             row.tile, row.patch, row.width, row.blocks, row.heads, mlp_ratio=4.0, output_dim=1
         )
         visual.conv1 = conv_stem(row.stem, row.width)
     cut.prune_intermediate_layers([row.blocks - 1], prune_norm=True, prune_head=True)
-    if weights not in ("published", "random"):
-        if not Path(weights).is_file():
-            raise FileNotFoundError(
-                f"encoder_weights: {weights} is not a file; give a .safetensors of the cut "
-                "tower, `published` or `random`"
-            )
-        visual.load_state_dict(load_file(weights))
+    if file and row.stem:
+        visual.load_state_dict(load_file(file))
     return Encoder(row, visual)
