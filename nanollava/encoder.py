@@ -76,18 +76,34 @@ class Encoder(nn.Module):
     def __init__(self, row: Row, visual: nn.Module):
         super().__init__()
         self.row, self.visual = row, visual
+        self.plain = row.side <= 8  # there a CPU's plain kernel is twice as fast
         self.register_buffer("mean", torch.tensor(row.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(row.std).view(3, 1, 1) * 255, persistent=False)
+
+    @property
+    def cut(self) -> nn.Module:
+        """The transformer itself: timm's stands behind a wrapper of open_clip."""
+        return getattr(self.visual, "trunk", self.visual)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Its blocks, from the first on."""
+        return list(getattr(self.cut, "blocks", None) or self.cut.transformer.resblocks)
+
+    def recompute(self, on: bool) -> None:
+        """Whether blocks keep their inputs only; recomputation would take the usual kernel."""
+        self.cut.set_grad_checkpointing(on)
+        self.plain = self.row.side <= 8 and not on
 
     def forward(self, views: Tensor) -> Tensor:
         """uint8[N, 3, R, R] -> float[N, T, C]."""
         pixels = (views - self.mean) / self.std
-        small = self.row.side <= 8 and not views.is_cuda  # there the plain kernel is twice as fast
-        with sdpa_kernel(SDPBackend.MATH) if small else nullcontext():
+        plain = self.plain and not views.is_cuda
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             out = self.visual.forward_intermediates(
                 pixels, indices=1, intermediates_only=True, output_fmt="NLC"
             )
-        return out["image_intermediates"][-1]
+        return (out if isinstance(out, list) else out["image_intermediates"])[-1]  # timm: a list
 
 
 def conv_stem(channels: tuple[int, ...], width: int) -> nn.Sequential:
@@ -140,22 +156,22 @@ def build(row: Row, weights: str = "published") -> Encoder:
     if row.open_clip:
         tag = None if weights == "random" else file or row.published
         with fetching(f"{row.open_clip}: {tag}", "encoder_weights"):
-            device = torch.get_default_device()
+            device = torch.empty(0).device  # "meta" under `with torch.device("meta")`
             visual = open_clip.create_model(row.open_clip, pretrained=tag, device=device).visual
-        cut = getattr(visual, "trunk", visual)  # timm's tower stands behind a wrapper
     elif row.hub:
-        visual = cut = eva(row)
+        visual = eva(row)
         if weights == "published":
             with fetching(f"{row.hub}: {row.published}", "encoder_weights"):
                 file = hf_hub_download(row.hub, row.published)
         if file:
             load_eva(visual, file)
     else:
-        visual = cut = VisionTransformer(
+        visual = VisionTransformer(
             row.tile, row.patch, row.width, row.blocks, row.heads, mlp_ratio=4.0, output_dim=1
         )
         visual.conv1 = conv_stem(row.stem, row.width)
-    cut.prune_intermediate_layers([row.blocks - 1], prune_norm=True, prune_head=True)
+    encoder = Encoder(row, visual)
+    encoder.cut.prune_intermediate_layers([row.blocks - 1], prune_norm=True, prune_head=True)
     if file and row.stem:
         visual.load_state_dict(load_file(file))
-    return Encoder(row, visual)
+    return encoder

@@ -17,9 +17,28 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaConfig,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
 )
 from transformers.masking_utils import AttentionMaskInterface
+
+from nanollava.hub import fetching
+
+# The blog's LLMs, so that `plan` needs no network: width, blocks, heads, key-value heads, MLP
+# width, vocabulary.
+LLMS = {
+    "Qwen/Qwen1.5-0.5B-Chat": (1024, 24, 16, 16, 2816, 151936),
+    "Qwen/Qwen1.5-1.8B-Chat": (2048, 24, 16, 16, 5504, 151936),
+    "Qwen/Qwen1.5-4B-Chat": (2560, 40, 20, 20, 6912, 151936),
+    "Qwen/Qwen1.5-7B-Chat": (4096, 32, 32, 32, 11008, 151936),
+    "Qwen/Qwen1.5-14B-Chat": (5120, 40, 40, 40, 13696, 152064),
+    "Qwen/Qwen1.5-32B-Chat": (5120, 64, 40, 8, 27392, 152064),
+    "Qwen/Qwen1.5-72B-Chat": (8192, 80, 64, 64, 24576, 152064),
+    "Qwen/Qwen1.5-110B-Chat": (8192, 80, 64, 8, 49152, 152064),
+    "lmsys/vicuna-7b-v1.5": (4096, 32, 32, 32, 11008, 32000),
+}
 
 
 class Cache:
@@ -141,16 +160,34 @@ def load_tokenizer(name: str):
     """
     _local(name)
     own = (Path(name) / "tokenizer.json").is_file()
-    return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(name)
+    with fetching(name, "llm"):
+        return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(name)
+
+
+def config_of(name: str, random: bool = False) -> PretrainedConfig:
+    """An LLM's config; for `random` weights the blog's LLMs need no network."""
+    _local(name)
+    if random and name in LLMS:
+        width, blocks, heads, kv_heads, ffn, words = LLMS[name]
+        qwen = name.startswith("Qwen")
+        kind, theta, length = (Qwen2Config, 1e6, 32768) if qwen else (LlamaConfig, 1e4, 4096)
+        return kind(
+            hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, intermediate_size=ffn, vocab_size=words,
+            max_position_embeddings=length, rope_theta=5e6 if "-4B-" in name else theta,
+            rms_norm_eps=1e-6 if qwen else 1e-5, tie_word_embeddings="-0.5B-" in name,
+        )  # fmt: skip
+    with fetching(name, "llm"):
+        return AutoConfig.from_pretrained(name)
 
 
 def load_llm(name: str, weights: str = "published", dtype: torch.dtype = torch.float32):
     """A causal LM with packed attention: `published` weights, or `random` ones of its config."""
-    _local(name)
-    config = AutoConfig.from_pretrained(name)  # its own object: the attention is set in it
+    config = config_of(name, weights == "random")  # its own object: the attention is set in it
     if weights == "random":
         model = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
         return model.to(dtype)
-    return AutoModelForCausalLM.from_pretrained(
-        name, config=config, attn_implementation="packed", dtype=dtype, use_safetensors=True
-    )
+    with fetching(name, "llm"):
+        return AutoModelForCausalLM.from_pretrained(
+            name, config=config, attn_implementation="packed", dtype=dtype, use_safetensors=True
+        )

@@ -41,7 +41,7 @@ class VLM(nn.Module):
         self.llm = load_llm(recipe.llm, weights or recipe.llm_weights)
         self.tokenizer = load_tokenizer(recipe.llm)
         words = self.llm.get_input_embeddings().weight
-        rms = words.detach().float().square().mean().sqrt().item()
+        rms = 1.0 if words.is_meta else words.detach().float().square().mean().sqrt().item()
         dim, scale = words.shape[1], rms if recipe.projector_norm else 0.0
         self.projector = Projector(self.row.width, dim, recipe.connector, scale)
         self.newline = nn.Parameter(torch.randn(dim) * rms)
@@ -122,6 +122,15 @@ class VLM(nn.Module):
             counts[name] = size if name in TRAIN[train] else 0
         return counts
 
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks of both towers: what is sharded and recomputed as a unit."""
+        return [*self.encoder.blocks, *self.llm.model.layers]
+
+    def checkpoint_activations(self, on: bool) -> None:
+        """Keep each block's input only, and compute the block again in the backward pass."""
+        self.encoder.recompute(on)
+        getattr(self.llm, f"gradient_checkpointing_{'enable' if on else 'disable'}")()
+
     def groups(self, lr: float, vision_lr: float, projector_lr: float, decay: float) -> list[dict]:
         """Optimizer groups: encoder, projector with newline, LLM; no decay on vectors."""
         rates = {"encoder": vision_lr, "projector": projector_lr, "newline": projector_lr}
@@ -133,15 +142,18 @@ class VLM(nn.Module):
         return [{"params": ps, "lr": r, "weight_decay": d} for (r, d), ps in groups.items()]
 
 
-def save(model: VLM, folder: str | Path) -> None:
-    """Write recipe.yaml, config.json, the tokenizer and, last, model.safetensors."""
+def save(model: VLM, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write recipe.yaml, config.json, the tokenizer and, last, model.safetensors.
+
+    `state`: the tensors, where the model itself holds only shards of them.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_recipe(model.recipe, folder / "recipe.yaml")
     config = json.loads(model.llm.config.to_json_string(use_diff=False))
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     model.tokenizer.save_pretrained(folder)
-    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    state = {k: v.contiguous() for k, v in (state or model.state_dict()).items()}
     if model.llm.config.tie_word_embeddings:
         state.pop("llm.lm_head.weight", None)
     half = folder / "model.safetensors.half"

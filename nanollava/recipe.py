@@ -88,6 +88,7 @@ class Recipe:
     max_length: int = 32768
     precision: str = "auto"  # auto: bf16 where the device has it | fp32
     workers: int = 2
+    shard: bool = False  # FSDP2: each process holds its share of every block
     reference: str = ""  # the losses.csv of reference runs, for the band in the progress bar
     sources: dict[str, Source] = field(default_factory=dict)
     stages: dict[str, Stage | None] = field(default_factory=dict)

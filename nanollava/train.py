@@ -10,18 +10,20 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 
 import torch
 from composer import Callback, ComposerModel, DataSpec, State, Time, TimeUnit, Trainer
-from composer.algorithms import GradientClipping
 from composer.callbacks import SpeedMonitor
 from composer.loggers import Logger
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.utils import dist, get_device, reproducibility
+from composer.utils.parallelism import FSDP2Config
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -89,10 +91,11 @@ def count_tokens(batch: list[Document] | Pack) -> dict[str, int]:
 
 
 class Report(Callback):
-    """The progress bar, losses.csv, and a clean stop at SIGTERM or at a loss that is no number."""
+    """Progress bar, losses.csv, clipping; stops at SIGTERM or at a loss that is no number."""
 
-    def __init__(self, run: Path, name: str, interval: int, expected: Expected):
+    def __init__(self, run: Path, name: str, interval: int, expected: Expected, excess: float):
         self.run, self.name, self.interval, self.expected = run, name, interval, expected
+        self.excess = excess  # how many times too large the gradients arrive
         self.asked = self.stop = False  # by SIGTERM here; agreed by all processes
         self.bar, self.before = None, signal.getsignal(signal.SIGTERM)
 
@@ -105,8 +108,15 @@ class Report(Callback):
             form = self.name + "|{bar:10}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
             self.bar = tqdm(total=total, initial=done, mininterval=1, bar_format=form)
 
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+        if self.excess != 1:
+            torch._foreach_div_(gradients, self.excess)
+        # Composer's GradientClipping leaves the gradients of FSDP2 as they are, without a word.
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
+
     def batch_end(self, state: State, logger: Logger) -> None:
-        student = state.model.module if dist.get_world_size() > 1 else state.model
+        student = getattr(state.model, "module", state.model)  # DDP wraps it, FSDP does not
         stop = torch.tensor([[float(self.asked), 0]], dtype=torch.float64)
         # Sums travel, not means: a process may hold none of a source, or very little.
         table = torch.cat([student.table, student.table.sum(0, keepdim=True), stop])
@@ -178,9 +188,8 @@ def run_stage(recipe: Recipe, name: str, model: VLM) -> bool:
     loader = make_loader(recipe, stage, writer, dist.get_world_size())
     # Before the trainer is made: DDP expects a gradient of all that requires one at that moment.
     counts = model.set_trainable(stage.train)
-    switch = "enable" if stage.checkpoint_activations else "disable"
-    getattr(model.llm, f"gradient_checkpointing_{switch}")()
-    trainer = make_trainer(recipe, name, model, loader)
+    trainer = make_trainer(recipe, name, model, loader)  # counts FLOPs, without recomputation
+    model.checkpoint_activations(stage.checkpoint_activations)
     if dist.get_global_rank() == 0:
         announce(name, stage, counts, int(trainer.state.max_duration.value))
     trainer.fit()
@@ -192,7 +201,8 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> T
     """Composer's trainer for a stage, over a loader whose batches are lists of documents."""
     stage, run = recipe.stages[name], Path(recipe.run)
     steps = steps_of(stage, len(loader))
-    report = Report(run, name, stage.save_interval, Expected(recipe.reference, name, steps))
+    expected = Expected(recipe.reference, name, steps)
+    report = Report(run, name, stage.save_interval, expected, excess() if recipe.shard else 1)
     data = DataSpec(
         loader,
         split_batch=splitter(model.row.tile),
@@ -206,7 +216,6 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> T
         train_dataloader=data,
         optimizers=torch.optim.AdamW(model.groups(*rates), fused=True),
         schedulers=CosineAnnealingWithWarmupScheduler(f"{round(steps * stage.warmup)}ba"),
-        algorithms=[GradientClipping(clipping_type="norm", clipping_threshold=1.0)],
         callbacks=[report, SpeedMonitor(window_size=10)],
         max_duration=f"{steps}ba",
         device_train_microbatch_size=stage.microbatch_tokens,  # passed on to split_batch as it is
@@ -215,6 +224,7 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> T
         seed=recipe.seed,
         device="gpu" if torch.cuda.is_available() else "cpu",
         progress_bar=False,
+        **sharding(recipe, model),
         **checkpointing(name, run, report),
     )
 
@@ -238,6 +248,49 @@ def checkpointing(name: str, run: Path, report: Report) -> dict:
     }
 
 
+def sharding(recipe: Recipe, model: VLM) -> dict:
+    """Composer's settings for `shard`: a unit per block, the rest (tied embeddings) in the root."""
+    if not recipe.shard:
+        return {}
+    for block in model.blocks():
+        block._fsdp_wrap = True
+    return {"parallelism_config": {"fsdp": FSDP2Config(
+        state_dict_type="full", load_monolith_rank0_only=True
+    )}}  # fmt: skip
+
+
+def excess() -> float:
+    """The mean of ones over all processes as FSDP2 asks for it: gloo gives the sum (torch 2.7)."""
+    ones = get_device(None).tensor_to_device(torch.ones(dist.get_world_size()))
+    mean = ones[:1].clone()
+    torch.distributed.reduce_scatter_tensor(mean, ones, op=torch.distributed.ReduceOp.AVG)
+    return float(mean)
+
+
+def begin(recipe: Recipe, last: Path | None) -> VLM:
+    """The model as a stage finds it: pretrained parts, or the folder of the stage before.
+
+    With `shard` only the first process holds it, until the trainer deals it out.
+    """
+    away = recipe.shard and dist.get_global_rank() > 0
+    with torch.device("meta") if away else nullcontext():
+        model = VLM(recipe, "random" if last or away else "")
+    if last and not away:
+        load_weights(model, last / "model.safetensors")
+    return model
+
+
+def keep(recipe: Recipe, model: VLM, folder: Path) -> None:
+    """Save a stage's model; its shards are gathered on the first process."""
+    state = None
+    if recipe.shard:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)
+    if dist.get_global_rank() == 0:
+        save(model, folder, state)
+    dist.barrier()
+
+
 def train(recipe: Recipe) -> Path:
     """All stages of a recipe; returns the run folder. All nodes must see run and data folders."""
     dist.initialize_dist(get_device(None), timeout=3600)
@@ -256,21 +309,19 @@ def train(recipe: Recipe) -> Path:
     dist.barrier()
     recipe = replace(recipe, fresh=False)
     reproducibility.seed_all(recipe.seed)
-    model = VLM(recipe)
-    stages = [name for name, stage in recipe.stages.items() if stage]
-    for name in stages:
-        done = run / name / "model.safetensors"
-        if done.exists():
-            load_weights(model, done)
-            continue
-        stop = run_stage(recipe, name, model)
-        if first:
-            save(model, run / name)
-        dist.barrier()
-        if stop:
-            raise SystemExit(143)
+    last = None
+    for name in (name for name, stage in recipe.stages.items() if stage):
+        if not (run / name / "model.safetensors").exists():
+            model = begin(recipe, last)
+            stop = run_stage(recipe, name, model)
+            keep(recipe, model, run / name)
+            if stop:
+                raise SystemExit(143)
+        last = run / name
     if first:
-        save(model, run)
+        for file in sorted(last.iterdir(), key=lambda f: f.suffix == ".safetensors"):
+            shutil.copy(file, run / "half")
+            os.replace(run / "half", run / file.name)  # the weights last: then the run is whole
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     dist.barrier()
     return run

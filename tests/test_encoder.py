@@ -34,14 +34,15 @@ def test_each_row_is_the_published_tower_cut_at_its_layer(name):
         "eva02_e_224": 2 * 1792 + 1024 * 1792 + 1024,
         "eva_8b_224": 0,
         "eva_8b_448": 0,
-        "so400m_384": 15_239_504 + 2 * 1152 + 15_231_680,
+        "so400m_384": 15_239_504 + 2 * 1152 + 15_238_352,
     }
     assert sum(p.numel() for p in cut.parameters()) == whole - dropped[name]
     assert row.side**2 == T
     with torch.device("meta"):
         views = torch.zeros(2, 3, row.tile, row.tile)
         out = cut.forward_intermediates(views, indices=1, intermediates_only=True, output_fmt="NLC")
-    assert out["image_intermediates"][-1].shape == (2, T, row.width)
+    out = out if isinstance(out, list) else out["image_intermediates"]
+    assert out[-1].shape == (2, T, row.width)
 
 
 def plain_eva(state: dict, views: torch.Tensor, row: Row, post_norm: bool) -> torch.Tensor:
@@ -66,7 +67,7 @@ def plain_eva(state: dict, views: torch.Tensor, row: Row, post_norm: bool) -> to
         return matrix((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), f"{name}.proj")
 
     mean, std = (torch.tensor(x)[:, None, None] for x in (row.mean, row.std))
-    pixels = (views / 255 - mean) / std
+    pixels = (views.double() / 255 - mean) / std
     x = F.conv2d(pixels, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"],
                  stride=row.patch).flatten(2).transpose(1, 2)  # fmt: skip
     x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], 1) + state["pos_embed"]
@@ -90,7 +91,7 @@ def scrambled(model):
 
 
 def check(model, row, post_norm):
-    state = scrambled(model).visual.state_dict()
+    state = scrambled(model.double()).visual.state_dict()
     state = {k.removeprefix("trunk."): v for k, v in state.items()}
     views = torch.randint(0, 256, (2, 3, row.tile, row.tile), dtype=torch.uint8)
     with torch.no_grad():
@@ -136,7 +137,10 @@ def test_evas_published_file_is_read_by_its_names(tmp_path):
     source = scrambled(build(row, "random"))
     own = source.visual.state_dict()
     published = {f"visual.{k}": v.half().float() for k, v in own.items()}
-    published |= {"visual.norm.weight": torch.ones(64), "text.token_embedding.weight": torch.ones(2)}
+    published |= {
+        "visual.norm.weight": torch.ones(64),
+        "text.token_embedding.weight": torch.ones(2),
+    }
     torch.save(published, tmp_path / "eva.pt")
     loaded = build(row, str(tmp_path / "eva.pt")).visual.state_dict()
     assert all(torch.equal(v, published[f"visual.{k}"]) for k, v in loaded.items())

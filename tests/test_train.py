@@ -142,6 +142,23 @@ def test_stopped_and_rerun_equals_never_stopped(tiny):
     assert largest_difference(run, again) == 0.0
 
 
+def test_shards_equal_whole_copies_also_after_a_kill(tiny):
+    """FSDP over two processes, killed in stage 2, against one process without it."""
+    recipe, run = tiny
+    shards, flags = run.parent / "shards", ("-n", "2")
+    stop_at(start(recipe, f"run={shards}", "shard=true", flags=flags), shards,
+            ("stage2", 8), signal.SIGKILL)  # fmt: skip
+    finish(start(recipe, f"run={shards}", "shard=true", flags=flags))
+    check_same_course(run, shards)
+
+
+def test_recomputed_activations_change_nothing(tiny):
+    recipe, run = tiny
+    keys = [f"stages.{s}.checkpoint_activations=true" for s in ("stage1", "stage1_5", "stage2")]
+    train(read_recipe(recipe, [f"run={run.parent}/recomputed", *keys]))
+    check_same_course(run, run.parent / "recomputed")
+
+
 def test_again_from_another_folder(tiny, tmp_path, monkeypatch):
     """A finished run is left as it is, wherever the same command is typed."""
     recipe, run = tiny

@@ -1,0 +1,220 @@
+"""The plan of a run before it starts: tokens, FLOPs, memory and hours of each stage.
+
+Image sizes and text lengths are measured on prepared shards or on a local source's first records,
+and otherwise assumed as the source's `assume` key states. FLOPs are counted (cost.py). Memory is
+counted from shapes: parameters, gradients, Adam's two moments, and what the backward pass keeps:
+
+    bytes per position and block = a width + b MLP width    (SAVED; found by counting saved tensors)
+
+Hours are FLOPs at a stated share of the device's peak: an estimate, not a measurement.
+"""
+
+import io
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from math import ceil
+from types import SimpleNamespace
+
+import torch
+from PIL import Image
+from streaming import LocalDataset
+
+from nanollava.anyres import FORMATS, Layout
+from nanollava.cost import forward_flops, rates, step_flops
+from nanollava.data import shard_folder, split_images
+from nanollava.encoder import ENCODERS, build
+from nanollava.llm import load_llm, load_tokenizer
+from nanollava.model import TRAIN
+from nanollava.projector import Projector
+from nanollava.prompts import encode, read_turns
+from nanollava.recipe import Recipe, Stage
+from nanollava.sequence import Writer, expand
+from nanollava.sources import images_of, records
+
+# Dense bf16 FLOP/s of the data sheet, bytes of memory. The CPU's is one core with AVX-512.
+DEVICES = {
+    "h200": (989e12, 141e9), "h100": (989e12, 80e9), "a100": (312e12, 80e9), "4090": (165e12, 24e9),
+    "cpu": (1e11, 16e9),
+}  # fmt: skip
+# (a, b) of the LLM and of the vision encoder; under bf16 autocast norms and residuals stay float32.
+SAVED = {"fp32": ((44, 16), (32, 8)), "bf16": ((28, 8), (20, 4))}
+BATCH = 8  # documents that a padded batch would hold, for the comparison
+LIMIT = 300  # records looked at per source
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What a document costs, without its content."""
+
+    ids: range
+    layouts: tuple[Layout, ...]
+    learned: int
+
+
+Mix = list[tuple[Sketch, float]]
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """(W, H) of an image file by its header, turned as EXIF says."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    return image.size[:: -1 if image.getexif().get(0x0112, 1) > 4 else 1]
+
+
+def look(recipe: Recipe, name: str) -> Iterator[tuple[list, list[bytes]]]:
+    """Conversations and images of a source's shards, or of its first records where it is local."""
+    folder, source = shard_folder(recipe, name), recipe.sources[name]
+    if folder.is_dir():
+        rows = LocalDataset(local=str(folder))
+        for i in random.Random(0).sample(range(len(rows)), min(LIMIT, len(rows))):
+            yield rows[i]["conversations"], split_images(rows[i]["image"], rows[i]["sizes"])
+    else:
+        for row in islice(records(source, recipe.seed), LIMIT):
+            yield row["conversations"], images_of(row)
+
+
+def sketches(recipe: Recipe, name: str, writer: Writer) -> tuple[list[Sketch], str]:
+    """Documents of a source, and how they are known."""
+    source = recipe.sources[name]
+    if "hf://" in source.path and not shard_folder(recipe, name).is_dir():
+        if not source.assume.sizes:
+            raise ValueError(f"sources.{name}: neither shards (run prepare) nor `assume.sizes`")
+        out = []
+        for size, share in source.assume.sizes.items():
+            W, _, H = size.partition("x")
+            images = [SimpleNamespace(size=(int(W), int(H)))] if H else []  # "none": text only
+            layouts = writer.layouts(images)
+            length = source.assume.text + sum(lay.length for lay in layouts)
+            out += [Sketch(range(length), layouts, source.assume.learned)] * round(100 * share)
+        return out, "assumed"
+    writer, out = replace(writer, tokenizer=load_tokenizer(recipe.llm)), []
+    for conversations, images in look(recipe, name):
+        layouts = writer.layouts([SimpleNamespace(size=upright_size(data)) for data in images])
+        turns = read_turns(conversations, len(images))
+        words, marks = encode(writer.tokenizer, turns, writer.template, writer.label_mask)
+        ids, labels = expand(words, marks, layouts)
+        out.append(Sketch(range(len(ids)), layouts, int((labels[1:] >= 0).sum())))
+    return out, f"measured on {len(out)}"
+
+
+def count_of(recipe: Recipe, name: str) -> int:
+    """Samples of a source: its shards', the recipe's `samples`, or `expected` at the origin."""
+    folder, source = shard_folder(recipe, name), recipe.sources[name]
+    if folder.is_dir():
+        return len(LocalDataset(local=str(folder)))
+    return source.samples or source.expected
+
+
+def parts_of(recipe: Recipe) -> SimpleNamespace:
+    """The model's parts on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        row = ENCODERS[recipe.encoder]
+        encoder, llm = build(row, "random"), load_llm(recipe.llm, "random")
+        projector = Projector(row.width, llm.config.hidden_size, recipe.connector)
+    return SimpleNamespace(row=row, encoder=encoder, llm=llm, projector=projector)
+
+
+def padding(mix: Mix) -> float:
+    """The share that padding to the longest of BATCH documents would add to the positions."""
+    shuffled = random.Random(0).choices(*zip(*mix, strict=True), k=200 * BATCH)
+    lengths = [len(s.ids) for s in shuffled]
+    rows = [max(lengths[i : i + BATCH]) * BATCH for i in range(0, len(lengths), BATCH)]
+    return sum(rows) / sum(lengths) - 1
+
+
+def memory(
+    recipe: Recipe, stage: Stage, parts: SimpleNamespace, mean: dict, devices: int, dtype: str
+) -> dict[str, float]:
+    """Bytes on one device: weights, gradients with Adam's moments, activations, logits."""
+    sizes = {n: sum(p.numel() for p in getattr(parts, n).parameters())
+             for n in ("encoder", "projector", "llm")}  # fmt: skip
+    trained = sum(n for part, n in sizes.items() if part in TRAIN[stage.train])
+    config, row, share = parts.llm.config, parts.row, devices if recipe.shard else 1
+    positions = max(stage.microbatch_tokens, mean["longest"])  # of the largest pack
+    part = positions / mean["positions"]  # documents in it
+    seen = part * mean["views"] * row.side**2
+    mlp = max(p.shape[0] for n, p in parts.encoder.blocks[0].named_parameters() if "mlp" in n)
+    (a, b), (c, d) = SAVED[dtype]
+    llm = positions * (a * config.hidden_size + b * config.intermediate_size)
+    encoder = seen * (c * row.width + d * mlp)
+    casts = 0
+    if stage.checkpoint_activations:  # a float32 input per block, and one block as a whole
+        llm += 4 * positions * config.hidden_size * config.num_hidden_layers
+        encoder += 4 * seen * row.width * row.blocks
+    else:
+        llm, encoder = llm * config.num_hidden_layers, encoder * row.blocks
+        casts = 2 * sum(sizes.values()) * (dtype == "bf16")  # autocast's copies of the weights
+    return {
+        "weights": 4 * sum(sizes.values()) / share,
+        "gradients, Adam": 12 * trained / share,
+        "activations": llm + encoder * ("encoder" in TRAIN[stage.train]) + casts,
+        "logits": part * mean["learned"] * config.vocab_size * (14 if dtype == "bf16" else 16),
+    }
+
+
+def advice(recipe: Recipe, name: str, stage: Stage, need: dict[str, float], room: float) -> str:
+    """Which key to change so that a stage fits."""
+    fixed = need["weights"] + need["gradients, Adam"]
+    if fixed > 0.9 * room:
+        share = "" if recipe.shard else "shard=true and "
+        return f"{share}at least {ceil(fixed / (0.7 * room))} times as many devices, or another llm"
+    if not stage.checkpoint_activations:
+        return f"stages.{name}.checkpoint_activations=true"
+    tokens = int(stage.microbatch_tokens * 0.9 * (room - fixed) / (sum(need.values()) - fixed))
+    return f"stages.{name}.microbatch_tokens={tokens}, or a lower visual.max_visual_tokens"
+
+
+def mix_of(recipe: Recipe, stage: Stage, writer: Writer) -> tuple[Mix, dict[str, str]]:
+    """A stage's documents, each with the number of samples that it stands for."""
+    mix, known = [], {}
+    for name, times in stage.sources.items():
+        if times:
+            mine, known[name] = sketches(recipe, name, writer)
+            each = times * count_of(recipe, name) / len(mine)
+            mix += [(sketch, each) for sketch in mine]
+    return mix, known
+
+
+def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, device: str, devices: int,
+               share: float) -> dict:  # fmt: skip
+    """One stage's samples, steps, tokens, FLOPs, memory and hours."""
+    stage, (peak, room) = recipe.stages[name], DEVICES[device]
+    visual, row = recipe.visual, parts.row
+    visual = visual if stage.anyres else replace(visual, max_grid="base")
+    writer = Writer(None, visual, row.tile, row.side, stage.template or recipe.template,
+                    recipe.label_mask, recipe.max_length)  # fmt: skip
+    mix, known = mix_of(recipe, stage, writer)
+    samples = sum(n for _, n in mix)
+    times, unit = int(stage.duration[:-2]), stage.duration[-2:]
+    steps = times * (int(samples) // stage.batch_size) if unit == "ep" else times
+    parted, after = rates(parts), visual.pool_after_projector
+    forward = {}
+    for sketch, n in mix:
+        for part, flops in forward_flops(parted, [sketch], row.side**2, after).items():
+            forward[part] = forward.get(part, 0) + flops * n * steps * stage.batch_size / samples
+    again = sum(forward.values()) if stage.checkpoint_activations else 0  # the forward pass again
+    total = step_flops(forward, TRAIN[stage.train])
+    mean = {
+        "positions": sum(len(s.ids) * n for s, n in mix) / samples,
+        "visual": sum(y.tokens * n for s, n in mix for y in s.layouts) / samples,
+        "views": sum(y.views * n for s, n in mix for y in s.layouts) / samples,
+        "learned": sum(s.learned * n for s, n in mix) / samples,
+        "longest": max(len(s.ids) for s, _ in mix),
+    }
+    dtype = "fp32" if device == "cpu" or recipe.precision == "fp32" else "bf16"
+    need = memory(recipe, stage, parts, mean, devices, dtype)
+    fits = sum(need.values()) < 0.95 * room
+    return {
+        "known": known, "samples": round(samples), "steps": steps, **mean,
+        "padding": padding(mix), "forward": forward, "flops": total, "memory": need,
+        "change": "" if fits else advice(recipe, name, stage, need, room),
+        "hours": (total + again) / (peak * share * devices) / 3600,
+    }  # fmt: skip
+
+
+def plan(recipe: Recipe, device: str = "h200", devices: int = 1, share: float = 0.4) -> dict:
+    """Stage by stage; `share` is the part of the device's peak that is hoped for."""
+    parts = parts_of(recipe)
+    return {name: plan_stage(recipe, name, parts, device, devices, share)
+            for name, stage in recipe.stages.items() if stage}  # fmt: skip
