@@ -6,37 +6,40 @@ counted from shapes: parameters, gradients, Adam's two moments, and what the bac
 
     bytes per position and block = a width + b MLP width    (SAVED; found by counting saved tensors)
 
-Hours are FLOPs at a stated share of the device's peak: an estimate, not a measurement.
+Hours are FLOPs at a stated share of the device's peak: an estimate, not a measurement. The device
+"here" is this machine: a batch is computed on it with random weights, and the rest scaled from it.
 """
 
 import io
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import cycle, islice
 from math import ceil
 from types import SimpleNamespace
 
+import psutil
 import torch
 from PIL import Image
 from streaming import LocalDataset
 
-from nanollava.anyres import FORMATS, Layout
+from nanollava.anyres import FORMATS, Layout, open_image
 from nanollava.cost import forward_flops, rates, step_flops
-from nanollava.data import shard_folder, split_images
+from nanollava.data import shard_folder, split_images, usable
 from nanollava.encoder import ENCODERS, build
 from nanollava.llm import load_llm, load_tokenizer
-from nanollava.model import TRAIN
+from nanollava.model import TRAIN, VLM
 from nanollava.projector import Projector
 from nanollava.prompts import encode, read_turns
 from nanollava.recipe import Recipe, Stage
-from nanollava.sequence import Writer, expand
+from nanollava.sequence import Writer, expand, pack, split
 from nanollava.sources import images_of, records
 
-# Dense bf16 FLOP/s of the data sheet, bytes of memory. The CPU's is one core with AVX-512.
+# Dense bf16 FLOP/s of the data sheet, bytes of memory.
 DEVICES = {
     "h200": (989e12, 141e9), "h100": (989e12, 80e9), "a100": (312e12, 80e9), "4090": (165e12, 24e9),
-    "cpu": (1e11, 16e9),
+    "here": (0, psutil.virtual_memory().total),
 }  # fmt: skip
 # (a, b) of the LLM and of the vision encoder; under bf16 autocast norms and residuals stay float32.
 SAVED = {"fp32": ((44, 16), (32, 8)), "bf16": ((28, 8), (20, 4))}
@@ -131,7 +134,8 @@ def memory(
              for n in ("encoder", "projector", "llm")}  # fmt: skip
     trained = sum(n for part, n in sizes.items() if part in TRAIN[stage.train])
     config, row, share = parts.llm.config, parts.row, devices if recipe.shard else 1
-    positions = max(stage.microbatch_tokens, mean["longest"])  # of the largest pack
+    batch = stage.batch_size / devices * mean["positions"]
+    positions = max(min(stage.microbatch_tokens, batch), mean["longest"])  # of the largest pack
     part = positions / mean["positions"]  # documents in it
     seen = part * mean["views"] * row.side**2
     mlp = max(p.shape[0] for n, p in parts.encoder.blocks[0].named_parameters() if "mlp" in n)
@@ -176,10 +180,46 @@ def mix_of(recipe: Recipe, stage: Stage, writer: Writer) -> tuple[Mix, dict[str,
     return mix, known
 
 
+def speed_here(recipe: Recipe, name: str, batches: int = 4) -> float:
+    """Useful FLOP/s of training on this machine, from batches of a local source's first records.
+
+    The first batch warms up; the fastest of the others counts, since other work only slows.
+    """
+    stage, model = recipe.stages[name], VLM(recipe, "random")
+    model.to("cuda" if torch.cuda.is_available() else "cpu").set_trainable(stage.train)
+    visual = recipe.visual if stage.anyres else replace(recipe.visual, max_grid="base")
+    writer, rate = model.writer(visual, stage.template), rates(model)
+    optimizer = torch.optim.AdamW(model.groups(1e-9, 1e-9, 1e-9, 0.0), fused=True)
+    found = [
+        usable(recipe.sources[s], recipe.seed, []) for s, times in stage.sources.items() if times
+    ]
+    turn, best = cycle(found), 0.0
+    for i in range(batches):
+        rows = islice((row for source in turn for row in islice(source, 1)), stage.batch_size)
+        begin = time.perf_counter()  # a CPU makes the documents too, a GPU does not wait for them
+        documents = [
+            writer(read_turns(r["conversations"], len(images)), [open_image(x) for x in images])
+            for r, images in rows
+        ]
+        begin = time.perf_counter() if model.newline.is_cuda else begin
+        for packed in split(documents, stage.microbatch_tokens):
+            losses = model(pack(packed, model.row.tile).to(model.newline.device))
+            (losses.sum() / sum(d.learned for d in documents)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if model.newline.is_cuda:
+            torch.cuda.synchronize()
+        forward = forward_flops(rate, documents, model.row.side**2, visual.pool_after_projector)
+        flops = step_flops(forward, TRAIN[stage.train]) / (time.perf_counter() - begin)
+        best = max(best, flops * (i > 0))
+    return best
+
+
 def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, device: str, devices: int,
                share: float) -> dict:  # fmt: skip
     """One stage's samples, steps, tokens, FLOPs, memory and hours."""
     stage, (peak, room) = recipe.stages[name], DEVICES[device]
+    speed = speed_here(recipe, name) if device == "here" else peak * share
     visual, row = recipe.visual, parts.row
     visual = visual if stage.anyres else replace(visual, max_grid="base")
     writer = Writer(None, visual, row.tile, row.side, stage.template or recipe.template,
@@ -202,14 +242,14 @@ def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, device: str, d
         "learned": sum(s.learned * n for s, n in mix) / samples,
         "longest": max(len(s.ids) for s, _ in mix),
     }
-    dtype = "fp32" if device == "cpu" or recipe.precision == "fp32" else "bf16"
+    dtype = "fp32" if device == "here" or recipe.precision == "fp32" else "bf16"
     need = memory(recipe, stage, parts, mean, devices, dtype)
     fits = sum(need.values()) < 0.95 * room
     return {
         "known": known, "samples": round(samples), "steps": steps, **mean,
         "padding": padding(mix), "forward": forward, "flops": total, "memory": need,
         "change": "" if fits else advice(recipe, name, stage, need, room),
-        "hours": (total + again) / (peak * share * devices) / 3600,
+        "hours": (total + again) / (speed * devices) / 3600,
     }  # fmt: skip
 
 
