@@ -41,6 +41,27 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    recipe: RecipeFile, overrides: Overrides = None,
+    device: Annotated[str, typer.Option(help="h200, h100, a100, 4090, or here: measured")] = "h200",
+    devices: Annotated[int, typer.Option(min=1, help="how many of them")] = 1,
+    share: Annotated[float, typer.Option(help="of the peak that is hoped for")] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:  # fmt: skip
+    """Tell a run's tokens, FLOPs, memory and hours before it starts."""
+    import json
+
+    from nanollava.plan import plan as estimate
+    from nanollava.plan import show
+
+    stages = estimate(read_recipe(recipe, overrides), device, devices, share)
+    if as_json:
+        typer.echo(json.dumps(stages, indent=1))
+    else:
+        show(stages, device, devices, share)
+
+
+@app.command()
 def evaluate(run: Run, task: list[str] | None = None, limit: int = 0) -> None:
     """Score a run on its recipe's tasks, at each of its settings."""
     score(run, task or [], limit)

@@ -43,7 +43,7 @@ class Visual:
 
     max_grid: str = "5grids"  # base | 5grids | 7grids | 6x6 (all up to) | 2x2..6x6 | 1x2+2x1
     lift: int = 0  # resolution lifting: enlarge until the long side is at least lift * R
-    max_visual_tokens: str = "5T"  # the budget tau: "5T", "(4+1)T" or a plain number
+    max_visual_tokens: str = "5T"  # the budget tau: "5T", "(4+1)T", "(4+1)t" or a number
     budget: str = "per_view"  # per_view (the blog's formula) | mosaic (the released code)
     pooling: str = "bilinear"  # bilinear | average
     pool_stride: int = 1  # 2: every view is pooled to t/4, whatever the budget
@@ -104,13 +104,16 @@ def parse_grids(text: str) -> tuple[tuple[int, int], ...]:
     )
 
 
-def parse_budget(text: str, T: int) -> int:
-    """tau in tokens: '5T' or '(4+1)T' -> 5 T, a plain number as it is; else ValueError."""
-    match = re.fullmatch(r"(?:(\d+)|\((\d+)\+1\))T|(\d+)", text.replace("*", ""))
+def parse_budget(text: str, T: int, t: int = 0) -> int:
+    """tau in tokens: '5T' or '(4+1)T' -> 5 T, '(4+1)t' by the `t` tokens that pool_stride leaves, a
+    plain number as it is; else ValueError.
+    """
+    match = re.fullmatch(r"(?:(\d+)|\((\d+)\+1\))([Tt])|(\d+)", text.replace("*", ""))
     if not match:
         raise ValueError(f"max_visual_tokens {text!r}: write '5T', '(4+1)T' or a number of tokens")
-    times, tiles, plain = match.groups()
-    return int(plain) if plain else T * (int(times) if times else int(tiles) + 1)
+    times, tiles, unit, plain = match.groups()
+    views = int(times or 0) or int(tiles or 0) + 1
+    return int(plain) if plain else views * (t if unit == "t" and t else T)
 
 
 def best_grid(
@@ -140,11 +143,11 @@ def fit(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
 @lru_cache(maxsize=65536)
 def layout(size: tuple[int, int], visual: Visual, tile: int, side: int) -> Layout:
     """Plan one image of (W, H) pixels for an encoder with `side`**2 = T tokens per R x R view."""
-    tau, W, H = parse_budget(visual.max_visual_tokens, side * side), *size
+    (W, H), t = size, -(-side // visual.pool_stride)  # 27 x 27 -> 14 x 14: as the released code
+    tau = parse_budget(visual.max_visual_tokens, side * side, t * t)
     long = max(W, H, visual.lift * tile)  # resolution lifting: the blog gives no code for it
     W, H = -(-W * long // max(size)), -(-H * long // max(size))
     a, b = grid = best_grid((W, H), tile, parse_grids(visual.max_grid))
-    t = -(-side // visual.pool_stride)  # t/4 of 27 x 27 is 14 x 14, as the released code rounds
     if visual.budget == "per_view":
         t = min(t, isqrt(tau // (a * b + 1)))  # so that L <= tau for every grid
     if t < 1:

@@ -13,7 +13,7 @@ Hours are FLOPs at a stated share of the device's peak: an estimate, not a measu
 import io
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from math import ceil
@@ -22,6 +22,9 @@ from types import SimpleNamespace
 import psutil
 import torch
 from PIL import Image
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
 from streaming import LocalDataset
 
 from nanollava.anyres import FORMATS, Layout, open_image
@@ -258,3 +261,39 @@ def plan(recipe: Recipe, device: str = "h200", devices: int = 1, share: float = 
     parts = parts_of(recipe)
     return {name: plan_stage(recipe, name, parts, device, devices, share)
             for name, stage in recipe.stages.items() if stage}  # fmt: skip
+
+
+def show(stages: dict[str, dict], device: str, devices: int, share: float) -> None:
+    """Print a plan, a column for each stage."""
+    table = Table(box=SIMPLE, title=f"{devices} x {device}" + (
+        "" if device == "here" else f" at {share:.0%} of its peak"
+    ))  # fmt: skip
+    table.add_column("", no_wrap=True)
+    for name in stages:
+        table.add_column(name, justify="right")
+
+    def row(title: str, tell: Callable[[dict], str]) -> None:
+        table.add_row(title, *(tell(stage) for stage in stages.values()))
+
+    row("samples", lambda x: f"{x['samples']:,}")
+    row("steps", lambda x: f"{x['steps']:,}")
+    row("views per sample", lambda x: f"{x['views']:.2f}")
+    for key, title in (("positions", "positions per sample"), ("visual", "  visual tokens"),
+                       ("learned", "  supervised"), ("longest", "longest sample")):  # fmt: skip
+        row(title, lambda x, key=key: f"{x[key]:,.0f}")
+    row("padding would add", lambda x: f"{x['padding']:.0%}")
+    for part in next(iter(stages.values()))["forward"]:
+        row(
+            f"forward, {part}",
+            lambda x, p=part: f"{x['forward'][p] / sum(x['forward'].values()):.0%}",
+        )
+    row("PFLOPs, trained", lambda x: f"{x['flops'] / 1e15:,.4g}")
+    for part in next(iter(stages.values()))["memory"]:
+        row(f"GB, {part}", lambda x, p=part: f"{x['memory'][p] / 1e9:,.2f}")
+    row("GB, in all", lambda x: f"{sum(x['memory'].values()) / 1e9:,.2f}")
+    row("hours", lambda x: f"{x['hours']:,.3g}")
+    Console().print(table)
+    for name, stage in stages.items():
+        print(f"{name}: " + ", ".join(f"{source} {how}" for source, how in stage["known"].items()))
+        if stage["change"]:
+            print(f"{name} does not fit. Change: {stage['change']}")

@@ -5,6 +5,7 @@ views. `pack` lays documents end to end; positions restart at each; hidden state
 i + 1 of the same document, and only where that token is learned is the lm_head run at all.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -108,17 +109,22 @@ class Writer:
     ) -> Document:
         """A document; with `answer` it ends where an answer begins, for generation.
 
-        Raises ValueError for one over `max_length` (image tokens are never cut off) and, unless
-        `answer`, for one without any supervised token.
+        One over `max_length` loses its last words, with a warning. Raises ValueError where image
+        tokens or all that is supervised would go, and, unless `answer`, where nothing is.
         """
         layouts = self.layouts(images)
         words, marks = encode(self.tokenizer, turns, self.template, self.label_mask, answer)
         ids, labels = expand(words, marks, layouts)
-        if len(ids) > self.max_length:
+        most = self.max_length
+        spare = not answer and (labels[1:most] != IGNORE).any() and not (ids[most:] == IMAGE).any()
+        if len(ids) > most and spare:
+            warnings.warn(f"sample {name}: {len(ids)} positions cut to {most}", stacklevel=2)
+            ids, labels = ids[:most], labels[:most]
+        if len(ids) > most:
             visual, sizes = sum(lay.length for lay in layouts), [lay.size for lay in layouts]
             raise ValueError(
                 f"sample {name}: {len(ids)} positions, {visual} of them for images of {sizes} "
-                f"pixels; max_length is {self.max_length}. "
+                f"pixels; max_length is {most}. "
                 "Raise max_length or lower visual.max_visual_tokens"
             )
         if not answer and not (labels[1:] != IGNORE).any():
