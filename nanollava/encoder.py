@@ -39,6 +39,7 @@ class Row:
     blocks: int  # blocks kept, counted from the first: the feature layer
     mean: tuple = HALF
     std: tuple = HALF
+    tanh: bool = False  # GELU by tanh, as SigLIP was trained and HF has it; timm's is the exact one
     open_clip: str = ""  # open_clip's model name; its `published` is a tag
     hub: str = ""  # a hub id, for EVA-CLIP-8B; its `published` is a file there
     published: str = ""
@@ -63,7 +64,8 @@ ENCODERS = {
                       published="EVA_CLIP_8B_psz14_s9B.pt", heads=32),
     "eva_8b_448": Row(448, 14, 4096, 32, **CLIP, hub="BAAI/EVA-CLIP-8B-448",
                       published="EVA_CLIP_8B_psz14_plus_s0.6B.pt", heads=32),
-    "so400m_384": Row(384, 14, 1152, 26, open_clip="ViT-SO400M-14-SigLIP-384", published="webli"),
+    "so400m_384": Row(384, 14, 1152, 26, tanh=True,
+                      open_clip="ViT-SO400M-14-SigLIP-384", published="webli"),
     "nano_s": Row(48, 8, 64, 2, heads=4, stem=(24, 48, 64)),
     "nano_m": Row(48, 8, 96, 3, heads=6, stem=(24, 64, 96)),
     "nano_l": Row(48, 8, 128, 4, heads=8, stem=(32, 96, 128)),
@@ -172,6 +174,8 @@ def build(row: Row, weights: str = "published") -> Encoder:
         visual.conv1 = conv_stem(row.stem, row.width)
     encoder = Encoder(row, visual)
     encoder.cut.prune_intermediate_layers([row.blocks - 1], prune_norm=True, prune_head=True)
+    for block in encoder.blocks if row.tanh else ():
+        block.mlp.act = nn.GELU("tanh")
     if file and row.stem:
         visual.load_state_dict(load_file(file))
     return encoder

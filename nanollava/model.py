@@ -129,7 +129,10 @@ class VLM(nn.Module):
     def checkpoint_activations(self, on: bool) -> None:
         """Keep each block's input only, and compute the block again in the backward pass."""
         self.encoder.recompute(on)
-        getattr(self.llm, f"gradient_checkpointing_{'enable' if on else 'disable'}")()
+        if on:
+            self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.llm.gradient_checkpointing_disable()
 
     def groups(self, lr: float, vision_lr: float, projector_lr: float, decay: float) -> list[dict]:
         """Optimizer groups: encoder, projector with newline, LLM; no decay on vectors."""

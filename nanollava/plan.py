@@ -44,8 +44,9 @@ DEVICES = {
     "h200": (989e12, 141e9), "h100": (989e12, 80e9), "a100": (312e12, 80e9), "4090": (165e12, 24e9),
     "here": (0, psutil.virtual_memory().total),
 }  # fmt: skip
-# (a, b) of the LLM and of the vision encoder; under bf16 autocast norms and residuals stay float32.
-SAVED = {"fp32": ((44, 16), (32, 8)), "bf16": ((28, 8), (20, 4))}
+# (a, b) of the LLM, frozen and trained, and of a trained encoder; a frozen encoder keeps nothing.
+# Under bf16 autocast norms and residuals stay float32.
+SAVED = {"fp32": ((24, 12), (44, 16), (32, 8)), "bf16": ((16, 6), (36, 8), (20, 4))}
 BATCH = 8  # documents that a padded batch would hold, for the comparison
 LIMIT = 300  # records looked at per source
 
@@ -142,20 +143,20 @@ def memory(
     part = positions / mean["positions"]  # documents in it
     seen = part * mean["views"] * row.side**2
     mlp = max(p.shape[0] for n, p in parts.encoder.blocks[0].named_parameters() if "mlp" in n)
-    (a, b), (c, d) = SAVED[dtype]
-    llm = positions * (a * config.hidden_size + b * config.intermediate_size)
-    encoder = seen * (c * row.width + d * mlp)
-    casts = 0
+    (a, b), (c, d) = SAVED[dtype]["llm" in TRAIN[stage.train]], SAVED[dtype][2]
+    llm = positions * (a * config.hidden_size + b * config.intermediate_size)  # a block
+    encoder = seen * (c * row.width + d * mlp) * ("encoder" in TRAIN[stage.train])
     if stage.checkpoint_activations:  # a float32 input per block, and one block as a whole
-        llm += 4 * positions * config.hidden_size * config.num_hidden_layers
-        encoder += 4 * seen * row.width * row.blocks
+        inputs = positions * config.hidden_size * config.num_hidden_layers
+        inputs += seen * row.width * row.blocks * ("encoder" in TRAIN[stage.train])
+        kept = 4 * inputs + max(llm, encoder)
     else:
-        llm, encoder = llm * config.num_hidden_layers, encoder * row.blocks
-        casts = 2 * sum(sizes.values()) * (dtype == "bf16")  # autocast's copies of the weights
+        kept = llm * config.num_hidden_layers + encoder * row.blocks
+        kept += 2 * sum(sizes.values()) * (dtype == "bf16")  # autocast's copies of the weights
     return {
         "weights": 4 * sum(sizes.values()) / share,
         "gradients, Adam": 12 * trained / share,
-        "activations": llm + encoder * ("encoder" in TRAIN[stage.train]) + casts,
+        "activations": kept,
         "logits": part * mean["learned"] * config.vocab_size * (14 if dtype == "bf16" else 16),
     }
 

@@ -95,16 +95,16 @@ def ledger() -> str:
     lines = [
         "# The faithfulness ledger",
         "",
-        "Every row of the blog's tables: what it printed, the command that repeats it, and what is not "
-        "the blog's about it, read off the recipe's resolved keys by `python recipes/ledger.py`. "
+        "Every row of the blog's tables: what it printed, the command that repeats it, and what is "
+        "not the blog's about it, read off the resolved recipe by `python recipes/ledger.py`. "
         "**Ours: not run**, in every row: this was built on a machine without a GPU or a download. "
         "Rows of several GPUs need `composer -n N`; nano results are in the notebooks.",
         "",
     ]
     lines += [f"- {letter}: {note}." for letter, (note, _) in NOTES.items()]
     for table, content in TABLES.items():
-        lines += ["", f"## {table}: {content['title']}", "",
-                  "| row | published | command | not the blog's |", "|---|---|---|---|"]  # fmt: skip
+        head = ["| row | published | command | not the blog's |", "|---|---|---|---|"]
+        lines += ["", f"## {table}: {content['title']}", "", *head]
         for i, row in enumerate(content["rows"]):
             name, typed, letters = found[table, i]
             printed = dict(zip([*content["factors"], *content["metrics"]], row, strict=True))

@@ -45,6 +45,12 @@ def test_each_row_is_the_published_tower_cut_at_its_layer(name):
     assert out[-1].shape == (2, T, row.width)
 
 
+def test_so400m_has_the_activation_that_it_was_trained_with():
+    with torch.device("meta"):
+        blocks = build(ENCODERS["so400m_384"], "random").blocks
+    assert len(blocks) == 26 and all(b.mlp.act.approximate == "tanh" for b in blocks)
+
+
 def plain_eva(state: dict, views: torch.Tensor, row: Row, post_norm: bool) -> torch.Tensor:
     """EVA's tower after its paper: absolute positions, pre-norm (8B) or post-norm (02-E)."""
 

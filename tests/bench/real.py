@@ -69,8 +69,9 @@ def step(name: str) -> None:
     stage = replace(stage, microbatch_tokens=1, batch_size=1)
     need = sum(memory(model.recipe, stage, model, mean, 1, "fp32").values()) / 1e9
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
-    print(f"{name}: {len(document.views)} views, {len(document.ids)} positions, {document.learned} "
-          f"supervised; loss {loss:.2f}; {seconds:.0f} s; peak {peak:.1f} GB, plan {need:.1f} GB")  # fmt: skip
+    print(f"{name}: {len(document.views)} views, {len(document.ids)} positions, "
+          f"{document.learned} supervised; loss {loss:.2f}; {seconds:.0f} s; "
+          f"peak {peak:.1f} GB, plan {need:.1f} GB")  # fmt: skip
 
 
 if __name__ == "__main__":

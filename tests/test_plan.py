@@ -1,0 +1,157 @@
+"""The plan against what a run really does, and against published figures."""
+
+import json
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from launching import ROOT, command, write_recipe
+
+from nanollava import plan as planning
+from nanollava.anyres import open_image
+from nanollava.data import prepare, usable
+from nanollava.model import VLM
+from nanollava.plan import Sketch, memory, padding, parts_of, plan, sketches
+from nanollava.prompts import read_turns
+from nanollava.recipe import Stage, read_recipe
+from nanollava.sequence import pack
+from nanollava.train import Student
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return read_recipe(write_recipe(tmp_path_factory.mktemp("plan")))
+
+
+def documents(recipe, name, most=1000) -> list:
+    """What a stage really trains on, its first samples."""
+    stage = recipe.stages[name]
+    visual = recipe.visual if stage.anyres else replace(recipe.visual, max_grid="base")
+    writer = VLM(recipe, "random").writer(visual, stage.template)
+    return [
+        writer(read_turns(row["conversations"], len(images)), [open_image(x) for x in images])
+        for source in stage.sources
+        for row, images in islice(usable(recipe.sources[source], recipe.seed, []), most)
+    ]
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_tokens_and_flops_are_those_of_the_documents(tiny, name):
+    found, real = plan(tiny)[name], documents(tiny, name)
+    n = len(real)
+    assert n == 80 and found["samples"] == n and found["steps"] == (4 if name == "stage1" else 20)
+    assert found["positions"] == pytest.approx(sum(len(d.ids) for d in real) / n)
+    assert found["views"] == pytest.approx(sum(len(d.views) for d in real) / n)
+    assert found["learned"] == pytest.approx(sum(d.learned for d in real) / n)
+    model = VLM(tiny, "random")
+    model.set_trainable(tiny.stages[name].train)
+    flops = Student(model, tiny.stages[name]).flops_per_batch(real)
+    assert found["flops"] == pytest.approx(flops * found["steps"] * 4 / n)
+
+
+def test_shards_and_records_tell_the_same(tiny):
+    before = plan(tiny)["stage2"]
+    prepare(tiny)
+    after = plan(tiny)["stage2"]
+    assert before.pop("known") and after.pop("known")
+    assert {k: after[k] for k in ("positions", "views", "learned", "longest")} == pytest.approx(
+        {k: before[k] for k in ("positions", "views", "learned", "longest")}
+    )
+
+
+def kept_bytes(model, packed) -> int:
+    """What the backward pass keeps, parameters and the pack itself left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own |= {x.untyped_storage().data_ptr() for x in vars(packed).values() if torch.is_tensor(x)}
+    sizes, hold = {}, []
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in own:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            hold.append(x)  # or its address would be given away again
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(packed).mean()
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("train, again", [("projector", False), ("full", False), ("full", True)])
+def test_activations_are_those_that_autograd_keeps(train, again):
+    """A plain tower and nano's LLM, float32; the convolutional stem is not in the formula."""
+    recipe = read_recipe(ROOT / "recipes/nano.yaml", precision="fp32")
+    model = VLM(recipe).train()
+    model.set_trainable(train)
+    model.checkpoint_activations(again)
+    model.encoder.plain = False  # the plain kernel keeps the attention matrix, too
+    model.encoder.visual.conv1.requires_grad_(False)
+    several = documents(recipe, "stage2", 12)
+    packed = pack(several, model.row.tile)
+    stage = Stage(train=train, checkpoint_activations=again, microbatch_tokens=1, batch_size=1)
+    total = {"positions": len(packed.ids), "views": len(packed.views), "learned": packed.learned,
+             "longest": len(packed.ids)}  # fmt: skip
+    need = memory(recipe, stage, model, total, 1, "fp32")
+    kept = kept_bytes(model, packed)
+    told = need["activations"] + need["logits"]
+    print(f"{train}, recomputed {again}: kept {kept / 1e6:.1f} MB, told {told / 1e6:.1f} MB")
+    if again:  # and, later, one block of three as a whole
+        model.checkpoint_activations(False)
+        assert kept < told < kept + kept_bytes(model, packed) / 2
+    else:
+        assert told == pytest.approx(kept, rel=0.1)
+
+
+def test_padding_is_what_the_longest_of_eight_costs(monkeypatch):
+    short, long = (Sketch(range(n), (), 1) for n in (10, 30))
+    assert padding([(short, 1.0)]) == 0
+    half = padding([(short, 1.0), (long, 1.0)])  # nearly every eight have a long one
+    assert half == pytest.approx(30 / 20 - 1, abs=0.02)
+
+
+def test_a_sample_costs_what_the_table_of_real_widths_says():
+    """(4+1) x 729 visual and 350 text positions, SO400M and Qwen1.5-0.5B: GFLOP forward."""
+    recipe = read_recipe(ROOT / "recipes/qwen05b.yaml")
+    parts = parts_of(recipe)
+    rate = planning.rates(parts)
+    writer = planning.Writer(None, recipe.visual, 384, 27, "qwen_1_5")
+    lays = writer.layouts([type("Image", (), {"size": (768, 768)})])
+    length = lays[0].tokens + 350
+    forward = planning.forward_flops(rate, [Sketch(range(length), lays, 170)], 729, True)
+    assert length == 3995
+    assert forward["encoder"] + forward["stem"] == pytest.approx(3209e9, rel=0.01)
+    assert forward["llm"] + forward["attention"] == pytest.approx(3248e9, rel=0.01)
+    assert forward["lm_head"] == pytest.approx(53e9, rel=0.01)
+
+
+def fits(name, **keys) -> dict:
+    recipe = read_recipe(ROOT / f"recipes/{name}.yaml")
+    return plan(replace(recipe, shard=keys.pop("shard", recipe.shard)), **keys)
+
+
+def test_what_does_not_fit_names_the_key_to_change():
+    small = fits("qwen05b", device="4090")["stage2"]
+    assert "stages.stage2.checkpoint_activations=true" in small["change"]
+    large = fits("blog/qwen_72b", device="h100", devices=8)["stage2"]
+    assert "times as many devices" in large["change"] and "shard=true" not in large["change"]
+    whole = fits("blog/qwen_7b", device="h100", devices=8, shard=False)["stage2"]
+    assert whole["change"].startswith("shard=true and at least")
+    assert not fits("blog/qwen_7b", device="h100", devices=8)["stage2"]["change"]
+
+
+def test_sources_that_cannot_be_looked_at_are_assumed_and_said_so():
+    recipe = read_recipe(ROOT / "recipes/qwen05b.yaml")
+    found = plan(recipe)["stage2"]
+    assert found["known"] == {"llava_next_779k": "assumed"}
+    assert found["samples"] == 779_289 and found["steps"] == 779_289 // 64
+    bare = replace(recipe.sources["blip558k"], assume=type(recipe.sources["blip558k"].assume)())
+    recipe = replace(recipe, sources={"blip558k": bare})
+    with pytest.raises(ValueError, match="sources.blip558k: neither shards.*prepare.*assume.sizes"):
+        sketches(recipe, "blip558k", None)
+
+
+def test_the_command_prints_a_table_or_json(tmp_path):
+    told = command("-m", "nanollava", "plan", ROOT / "recipes/nano.yaml")
+    assert "padding would add" in told and "stage1_5" in told
+    stages = json.loads(command("-m", "nanollava", "plan", ROOT / "recipes/nano.yaml", "--json"))
+    assert list(stages) == ["stage1", "stage1_5", "stage2"] and stages["stage2"]["flops"] > 1e12
