@@ -182,12 +182,15 @@ def config_of(name: str, random: bool = False) -> PretrainedConfig:
 
 
 def load_llm(name: str, weights: str = "published", dtype: torch.dtype = torch.float32):
-    """A causal LM with packed attention: `published` weights, or `random` ones of its config."""
+    """A causal LM with packed attention: `published` weights, or `random` ones of its config.
+
+    Safetensors where there are any; else transformers reads the publisher's .bin, weights only.
+    """
     config = config_of(name, weights == "random")  # its own object: the attention is set in it
     if weights == "random":
         model = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
         return model.to(dtype)
     with fetching(name, "llm"):
         return AutoModelForCausalLM.from_pretrained(
-            name, config=config, attn_implementation="packed", dtype=dtype, use_safetensors=True
+            name, config=config, attn_implementation="packed", dtype=dtype
         )

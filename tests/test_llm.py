@@ -1,0 +1,89 @@
+"""The blog's LLMs: sizes without a network, and folders of exactly the published forms."""
+
+import json
+import os
+import pickle
+
+import pytest
+import sentencepiece
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nanollava.llm import LLMS, config_of, load_llm, load_tokenizer
+from nanollava.prompts import Turn, encode
+
+# Parameters of the published checkpoints.
+SIZES = {
+    "Qwen/Qwen1.5-0.5B-Chat": 463_987_712,
+    "Qwen/Qwen1.5-1.8B-Chat": 1_836_828_672,
+    "Qwen/Qwen1.5-4B-Chat": 3_950_369_280,
+    "Qwen/Qwen1.5-7B-Chat": 7_721_324_544,
+    "Qwen/Qwen1.5-14B-Chat": 14_167_290_880,
+    "Qwen/Qwen1.5-32B-Chat": 32_512_218_112,
+    "Qwen/Qwen1.5-72B-Chat": 72_287_920_128,
+    "Qwen/Qwen1.5-110B-Chat": 111_209_914_368,
+    "lmsys/vicuna-7b-v1.5": 6_738_415_616,
+}
+
+
+@pytest.mark.parametrize("name", LLMS)
+def test_the_blogs_llms_are_known_without_a_network(name):
+    with torch.device("meta"):
+        model = load_llm(name, "random")
+    assert sum(p.numel() for p in model.parameters()) == SIZES[name]
+    assert config_of(name, random=True).rope_theta == {
+        "Qwen/Qwen1.5-4B-Chat": 5e6, "lmsys/vicuna-7b-v1.5": 1e4
+    }.get(name, 1e6)  # fmt: skip
+
+
+@pytest.fixture
+def vicuna(tmp_path):
+    """A small Llama as LMSYS publishes Vicuna: tokenizer.model and pytorch_model.bin, no more."""
+    words = "A chat between a curious user and an artificial intelligence assistant. USER: what is"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"{words} it? ASSISTANT: a page 1 2 3 \n"] * 50), pad_id=-1,
+        model_prefix=str(tmp_path / "tokenizer"), vocab_size=330, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    os.remove(tmp_path / "tokenizer.vocab")
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    torch.save(LlamaForCausalLM(config).state_dict(), tmp_path / "pytorch_model.bin")
+    kind = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(kind))
+    return tmp_path
+
+
+def test_vicunas_files_are_read_and_its_answers_learned(vicuna):
+    tokenizer = load_tokenizer(str(vicuna))
+    turns = [Turn("user", "what is it?"), Turn("assistant", "a page")]
+    ids, labels = encode(tokenizer, turns, "vicuna_v1", "answers")
+    text = tokenizer.decode(ids)
+    assert "USER: what is it? ASSISTANT: a page</s>" in text
+    learned = tokenizer.decode([i for i in labels if i >= 0])
+    assert learned.strip() == "a page</s>"
+    model = load_llm(str(vicuna))
+    stored = torch.load(vicuna / "pytorch_model.bin", weights_only=True)
+    assert all(torch.equal(v, stored[k]) for k, v in model.state_dict().items())
+
+
+def test_a_pickle_with_code_is_not_run(vicuna, capfd):
+    class Bomb:
+        def __reduce__(self):
+            return print, ("it ran",)
+
+    torch.save({"model.embed_tokens.weight": Bomb()}, vicuna / "pytorch_model.bin")
+    with pytest.raises((FileNotFoundError, pickle.UnpicklingError)):
+        load_llm(str(vicuna))
+    assert "it ran" not in capfd.readouterr().out
+
+
+def test_without_a_network_it_is_said_what_to_copy_where(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for load in (load_tokenizer, load_llm):
+        with pytest.raises(FileNotFoundError, match="Qwen1.5-0.5B-Chat.*as llm, or set HF_HOME"):
+            load("Qwen/Qwen1.5-0.5B-Chat")
