@@ -43,7 +43,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
 @app.command()
 def plan(
     recipe: RecipeFile, overrides: Overrides = None,
-    device: Annotated[str, typer.Option(help="h200, h100, a100, 4090, or here: measured")] = "h200",
+    device: Annotated[str, typer.Option(help="h200, h100, a100, 4090 or cpu")] = "h200",
     devices: Annotated[int, typer.Option(min=1, help="how many of them")] = 1,
     share: Annotated[float, typer.Option(help="of the peak that is hoped for")] = 0.4,
     as_json: Annotated[bool, typer.Option("--json")] = False,
@@ -58,7 +58,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(stages, indent=1))
     else:
-        show(stages, device, devices, share)
+        show(stages, f"{devices} x {device} at {share:.0%} of its peak")
 
 
 @app.command()

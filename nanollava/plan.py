@@ -6,16 +6,15 @@ counted from shapes: parameters, gradients, Adam's two moments, and what the bac
 
     bytes per position and block = a width + b MLP width    (SAVED; found by counting saved tensors)
 
-Hours are FLOPs at a stated share of the device's peak: an estimate, not a measurement. The device
-"here" is this machine: a batch is computed on it with random weights, and the rest scaled from it.
+Hours are FLOPs at a stated share of the device's peak: an estimate, not a measurement.
 """
 
 import io
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from itertools import islice
 from math import ceil
 from types import SimpleNamespace
 
@@ -27,22 +26,22 @@ from rich.console import Console
 from rich.table import Table
 from streaming import LocalDataset
 
-from nanollava.anyres import FORMATS, Layout, open_image
+from nanollava.anyres import FORMATS, Layout
 from nanollava.cost import forward_flops, rates, step_flops
-from nanollava.data import shard_folder, split_images, usable
+from nanollava.data import shard_folder, split_images
 from nanollava.encoder import ENCODERS, build
 from nanollava.llm import load_llm, load_tokenizer
-from nanollava.model import TRAIN, VLM
+from nanollava.model import TRAIN
 from nanollava.projector import Projector
 from nanollava.prompts import encode, read_turns
 from nanollava.recipe import Recipe, Stage
-from nanollava.sequence import Writer, expand, pack, split
+from nanollava.sequence import Writer, expand
 from nanollava.sources import images_of, records
 
 # Dense bf16 FLOP/s of the data sheet, bytes of memory.
 DEVICES = {
     "h200": (989e12, 141e9), "h100": (989e12, 80e9), "a100": (312e12, 80e9), "4090": (165e12, 24e9),
-    "here": (0, psutil.virtual_memory().total),
+    "cpu": (0, psutil.virtual_memory().total),
 }  # fmt: skip
 # (a, b) of the LLM, frozen and trained, and of a trained encoder; a frozen encoder keeps nothing.
 # Under bf16 autocast norms and residuals stay float32.
@@ -184,38 +183,13 @@ def mix_of(recipe: Recipe, stage: Stage, writer: Writer) -> tuple[Mix, dict[str,
     return mix, known
 
 
-def speed_here(recipe: Recipe, name: str, batches: int = 4) -> float:
-    """Useful FLOP/s of training on this machine, from batches of a local source's first records.
-
-    The first batch warms up; the fastest of the others counts, since other work only slows.
-    """
-    stage, model = recipe.stages[name], VLM(recipe, "random")
-    model.to("cuda" if torch.cuda.is_available() else "cpu").set_trainable(stage.train)
-    visual = recipe.visual if stage.anyres else replace(recipe.visual, max_grid="base")
-    writer, rate = model.writer(visual, stage.template), rates(model)
-    optimizer = torch.optim.AdamW(model.groups(1e-9, 1e-9, 1e-9, 0.0), fused=True)
-    found = [
-        usable(recipe.sources[s], recipe.seed, []) for s, times in stage.sources.items() if times
-    ]
-    turn, best = cycle(found), 0.0
-    for i in range(batches):
-        rows = islice((row for source in turn for row in islice(source, 1)), stage.batch_size)
-        begin = time.perf_counter()  # a CPU makes the documents too, a GPU does not wait for them
-        documents = [
-            writer(read_turns(r["conversations"], len(images)), [open_image(x) for x in images])
-            for r, images in rows
-        ]
-        begin = time.perf_counter() if model.newline.is_cuda else begin
-        for packed in split(documents, stage.microbatch_tokens):
-            losses = model(pack(packed, model.row.tile).to(model.newline.device))
-            (losses.sum() / sum(d.learned for d in documents)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if model.newline.is_cuda:
-            torch.cuda.synchronize()
-        forward = forward_flops(rate, documents, model.row.side**2, visual.pool_after_projector)
-        flops = step_flops(forward, TRAIN[stage.train]) / (time.perf_counter() - begin)
-        best = max(best, flops * (i > 0))
+def cpu_peak() -> float:
+    """FLOP/s of this machine's processor on a large float32 matrix product."""
+    x, best = torch.rand(2048, 2048), 0.0
+    for _ in range(5):
+        begin = time.perf_counter()
+        x @ x
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - begin))
     return best
 
 
@@ -223,7 +197,7 @@ def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, device: str, d
                share: float) -> dict:  # fmt: skip
     """One stage's samples, steps, tokens, FLOPs, memory and hours."""
     stage, (peak, room) = recipe.stages[name], DEVICES[device]
-    speed = speed_here(recipe, name) if device == "here" else peak * share
+    peak = peak or cpu_peak()
     visual, row = recipe.visual, parts.row
     visual = visual if stage.anyres else replace(visual, max_grid="base")
     writer = Writer(None, visual, row.tile, row.side, stage.template or recipe.template,
@@ -246,14 +220,14 @@ def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, device: str, d
         "learned": sum(s.learned * n for s, n in mix) / samples,
         "longest": max(len(s.ids) for s, _ in mix),
     }
-    dtype = "fp32" if device == "here" or recipe.precision == "fp32" else "bf16"
+    dtype = "fp32" if device == "cpu" or recipe.precision == "fp32" else "bf16"
     need = memory(recipe, stage, parts, mean, devices, dtype)
     fits = sum(need.values()) < 0.95 * room
     return {
         "known": known, "samples": round(samples), "steps": steps, **mean,
         "padding": padding(mix), "forward": forward, "flops": total, "memory": need,
         "change": "" if fits else advice(recipe, name, stage, need, room),
-        "hours": (total + again) / (speed * devices) / 3600,
+        "hours": (total + again) / (peak * share * devices) / 3600,
     }  # fmt: skip
 
 
@@ -264,37 +238,26 @@ def plan(recipe: Recipe, device: str = "h200", devices: int = 1, share: float = 
             for name, stage in recipe.stages.items() if stage}  # fmt: skip
 
 
-def show(stages: dict[str, dict], device: str, devices: int, share: float) -> None:
+def show(stages: dict[str, dict], title: str) -> None:
     """Print a plan, a column for each stage."""
-    table = Table(box=SIMPLE, title=f"{devices} x {device}" + (
-        "" if device == "here" else f" at {share:.0%} of its peak"
-    ))  # fmt: skip
-    table.add_column("", no_wrap=True)
-    for name in stages:
-        table.add_column(name, justify="right")
-
-    def row(title: str, tell: Callable[[dict], str]) -> None:
-        table.add_row(title, *(tell(stage) for stage in stages.values()))
-
-    row("samples", lambda x: f"{x['samples']:,}")
-    row("steps", lambda x: f"{x['steps']:,}")
-    row("views per sample", lambda x: f"{x['views']:.2f}")
-    for key, title in (("positions", "positions per sample"), ("visual", "  visual tokens"),
-                       ("learned", "  supervised"), ("longest", "longest sample")):  # fmt: skip
-        row(title, lambda x, key=key: f"{x[key]:,.0f}")
-    row("padding would add", lambda x: f"{x['padding']:.0%}")
-    for part in next(iter(stages.values()))["forward"]:
-        row(
-            f"forward, {part}",
-            lambda x, p=part: f"{x['forward'][p] / sum(x['forward'].values()):.0%}",
-        )
-    row("PFLOPs, trained", lambda x: f"{x['flops'] / 1e15:,.4g}")
-    for part in next(iter(stages.values()))["memory"]:
-        row(f"GB, {part}", lambda x, p=part: f"{x['memory'][p] / 1e9:,.2f}")
-    row("GB, in all", lambda x: f"{sum(x['memory'].values()) / 1e9:,.2f}")
-    row("hours", lambda x: f"{x['hours']:,.3g}")
+    table = Table("", *stages, title=title, box=SIMPLE)
+    columns = []
+    for x in stages.values():
+        forward, gigabytes = sum(x["forward"].values()), sum(x["memory"].values())
+        columns.append({
+            **{key: f"{x[key]:,}" for key in ("samples", "steps")},
+            **{f"{key} per sample": f"{x[key]:,.1f}" for key in
+               ("views", "positions", "visual", "learned")},
+            "longest sample": f"{x['longest']:,}", "padding would add": f"{x['padding']:.0%}",
+            **{f"forward, {part}": f"{n / forward:.0%}" for part, n in x["forward"].items()},
+            "PFLOPs in all": f"{x['flops'] / 1e15:,.4g}",
+            **{f"GB, {part}": f"{n / 1e9:,.2f}" for part, n in x["memory"].items()},
+            "GB in all": f"{gigabytes / 1e9:,.2f}", "hours": f"{x['hours']:,.3g}",
+        })  # fmt: skip
+    for key in columns[0]:
+        table.add_row(key, *(column[key] for column in columns))
     Console().print(table)
-    for name, stage in stages.items():
-        print(f"{name}: " + ", ".join(f"{source} {how}" for source, how in stage["known"].items()))
-        if stage["change"]:
-            print(f"{name} does not fit. Change: {stage['change']}")
+    for name, x in stages.items():
+        print(f"{name}: " + ", ".join(f"{source} {how}" for source, how in x["known"].items()))
+        if x["change"]:
+            print(f"{name} does not fit. Change: {x['change']}")
