@@ -183,10 +183,13 @@ def config_of(name: str, random: bool = False) -> PretrainedConfig:
 
 def load_llm(name: str, weights: str = "published", dtype: torch.dtype = torch.float32):
     """A causal LM with packed attention: `published` weights, or `random` ones of its config."""
-    config = config_of(name, weights == "random")  # its own object: the attention is set in it
+    whole = config_of(name, weights == "random")
+    config = whole.get_text_config()  # its own object: the attention is set in it
     if weights == "random":
         model = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
         return model.to(dtype)
+    if config is not whole:  # its weights have other names: the LLM would stay random
+        raise ValueError(f"llm: {name} is a {whole.model_type}, not an LLM alone; give an LLM")
     with fetching(name, "llm"):
         return AutoModelForCausalLM.from_pretrained(
             name, config=config, attn_implementation="packed", dtype=dtype, use_safetensors=True
