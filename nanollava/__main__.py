@@ -13,7 +13,7 @@ from nanollava.recipe import Recipe, read_recipe
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 RecipeFile = Annotated[str, typer.Argument(help="A recipe, e.g. recipes/nano.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
-Run = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/nano")]
+Run = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/nano, or a LlavaOnevision's")]
 
 
 @app.command()
@@ -106,6 +106,27 @@ def chat(
     if why:
         assistant.why().save(run / "why.png")
         typer.echo(f"where it looked, base view and tiles: {run / 'why.png'}")
+
+
+@app.command()
+def export(run: Run, out: Path) -> None:
+    """Write a run as a LlavaOnevision folder for plain transformers, if both give equal logits."""
+    from tempfile import TemporaryDirectory
+
+    from nanollava import hf
+    from nanollava.model import load
+
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty: give another folder")
+    model, above = load(run), out.absolute().parent
+    above.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=above) as scratch:  # so that OUT is whole, or not there
+        hf.write(model, Path(scratch) / "out")
+        apart = hf.difference(model, Path(scratch) / "out")
+        if not apart <= 1e-4:
+            raise ValueError(f"transformers' logits differ by {apart:.1e}, limit 1e-4: no {out}")
+        os.replace(Path(scratch) / "out", out)
+    typer.echo(f"{out}: transformers' logits differ by {apart:.1e} at most")
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -121,6 +121,8 @@ def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict
 def evaluate(assistant: Any, run: str | Path, only: Sequence[str] = (), limit: int = 0) -> list:
     """All tasks of the recipe at all of its settings; returns and appends the result rows."""
     recipe, run = assistant.model.recipe, Path(run)
+    if not recipe.tasks:
+        raise ValueError(f"the recipe of {run} has no tasks")
     tasks = {k: t for k, t in recipe.tasks.items() if t and (not only or k in only)}
     unknown = set(only) - set(recipe.tasks)
     if unknown:

@@ -218,6 +218,6 @@ def _after(document: Document, skip: int) -> Document:
 
 
 def load(run: str | Path, device: str = "") -> Assistant:
-    """A run folder, or the folder of one of its stages, ready to chat."""
+    """A run folder, one of its stages or a LlavaOnevision folder, ready to chat."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Assistant(load_model(run, device))

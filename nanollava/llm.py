@@ -186,10 +186,13 @@ def load_llm(name: str, weights: str = "published", dtype: torch.dtype = torch.f
 
     Safetensors where there are any; else transformers reads the publisher's .bin, weights only.
     """
-    config = config_of(name, weights == "random")  # its own object: the attention is set in it
+    whole = config_of(name, weights == "random")
+    config = whole.get_text_config()  # its own object: the attention is set in it
     if weights == "random":
         model = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
         return model.to(dtype)
+    if config is not whole:  # its weights have other names: the LLM would stay random
+        raise ValueError(f"llm: {name} is a {whole.model_type}, not an LLM alone; give an LLM")
     with fetching(name, "llm"):
         return AutoModelForCausalLM.from_pretrained(
             name, config=config, attn_implementation="packed", dtype=dtype

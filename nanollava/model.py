@@ -10,17 +10,17 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanollava import hf
 from nanollava.anyres import Layout, Visual
 from nanollava.encoder import ENCODERS, build
 from nanollava.llm import load_llm, load_tokenizer
 from nanollava.pooling import add_newlines, pool
 from nanollava.projector import Projector
-from nanollava.recipe import Recipe, read_recipe, write_recipe
+from nanollava.recipe import Recipe, check, read_recipe, write_recipe
 from nanollava.sequence import Pack, Writer
 
 # What a stage trains; the learned newline goes with the projector.
@@ -165,44 +165,54 @@ def save(model: VLM, folder: str | Path, state: dict[str, Tensor] | None = None)
 
 
 def load(folder: str | Path, device: str = "cpu") -> VLM:
-    """A run folder (or one stage of it) -> the model, ready to answer.
+    """A run folder (or one stage of it), or a LlavaOnevision folder of transformers -> the model,
+    ready to answer.
 
     Raises FileNotFoundError for a run without weights.
     """
     folder = Path(folder)
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        found = sorted(str(p.parent) for p in folder.glob("*/model.safetensors"))
-        raise FileNotFoundError(
-            f"{folder} has no model.safetensors: train first, or give one of {found or 'your runs'}"
-        )
-    for name in ("recipe.yaml", "config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} has weights but no {name}: it is no whole run folder"
-            )
-    recipe = read_recipe(folder / "recipe.yaml", llm=str(folder))
+    if (folder / "config.json").is_file() and not (folder / "recipe.yaml").is_file():
+        keys, state = hf.read(folder)
+        recipe = check(Recipe(**keys | {"visual": Visual(**keys["visual"])}))
+    else:
+        recipe = recipe_of(folder)
+        state = hf.load_tensors(folder / "model.safetensors")
     model = VLM(recipe, weights="random")
-    load_weights(model, weights)
+    fill(model, state, folder)
     if device == "cuda" and recipe.precision == "auto":
         model.llm.bfloat16()  # once, where autocast would cast all of it for every token
     return model.eval().to(device)
 
 
+def recipe_of(run: Path) -> Recipe:
+    """The recipe of a run folder; raises FileNotFoundError where the folder is no whole one."""
+    if not (run / "model.safetensors").is_file():
+        found = sorted(str(p.parent) for p in run.glob("*/model.safetensors"))
+        raise FileNotFoundError(
+            f"{run} has no model.safetensors: train first, or give one of {found or 'your runs'}"
+        )
+    for name in ("recipe.yaml", "config.json", "tokenizer.json"):
+        if not (run / name).is_file():
+            raise FileNotFoundError(f"{run} has weights but no {name}: it is no whole run folder")
+    return read_recipe(run / "recipe.yaml", llm=str(run))
+
+
 def load_weights(model: VLM, file: str | Path) -> None:
-    """Fill a model from a safetensors file; names both shapes where they do not fit."""
-    try:
-        state, own = load_file(file), model.state_dict()
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
+    """Fill a model from a safetensors file."""
+    fill(model, hf.load_tensors(file), file)
+
+
+def fill(model: VLM, state: dict[str, Tensor], source: str | Path) -> None:
+    """Tensors into a model; names both shapes where they do not fit."""
+    own = model.state_dict()
     for name, tensor in state.items():
         if name in own and own[name].shape != tensor.shape:
             raise ValueError(
-                f"{file}: {name} is {tuple(tensor.shape)}, but encoder {model.recipe.encoder} with "
-                f"llm {model.recipe.llm} needs {tuple(own[name].shape)}"
+                f"{source}: {name} is {tuple(tensor.shape)}, but encoder {model.recipe.encoder} "
+                f"with llm {model.recipe.llm} needs {tuple(own[name].shape)}"
             )
     missing, extra = model.load_state_dict(state, strict=False)
     if model.llm.config.tie_word_embeddings:
         missing = [n for n in missing if n != "llm.lm_head.weight"]
     if missing or extra:
-        raise ValueError(f"{file}: missing {missing[:3]}, not of this model {extra[:3]}")
+        raise ValueError(f"{source}: missing {missing[:3]}, not of this model {extra[:3]}")

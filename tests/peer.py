@@ -6,7 +6,6 @@ our weights are copied over by name. The mosaic budget, GELU and raster order ar
 """
 
 import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from nanollava import hf
 from nanollava.anyres import Visual, parse_budget, parse_grids
 from nanollava.encoder import CLIP_MEAN, CLIP_STD, ENCODERS, Row
 from nanollava.model import VLM
@@ -74,7 +74,7 @@ def tower(size: Size, folder: Path) -> Row:
     def build(pretrained: bool = False, **kwargs) -> VisionTransformer:
         return VisionTransformer(
             img_size=size.tile, patch_size=size.patch, embed_dim=size.width, depth=size.blocks + 1,
-            num_heads=size.heads, mlp_ratio=3.7362, class_token=False, act_layer="gelu_tanh",
+            num_heads=size.heads, mlp_ratio=3.7362, class_token=False,
             **{k: v for k, v in kwargs.items() if k in ("num_classes", "global_pool")},
         )  # fmt: skip
 
@@ -89,7 +89,7 @@ def tower(size: Size, folder: Path) -> Row:
     (folder / f"{name}.json").write_text(json.dumps(config))
     add_model_config(folder / f"{name}.json")
     assert name in open_clip.list_models()
-    return Row(size.tile, size.patch, size.width, size.blocks, open_clip=name)
+    return Row(size.tile, size.patch, size.width, size.blocks, tanh=True, open_clip=name)
 
 
 def clip(folder: Path, layers: int = 3) -> tuple[Row, CLIPVisionModel]:
@@ -108,33 +108,11 @@ def clip(folder: Path, layers: int = 3) -> tuple[Row, CLIPVisionModel]:
     return row, CLIPVisionModel(theirs).eval()
 
 
-CLIP_NAMES = (
-    ("embeddings.patch_embedding", "conv1"),
-    ("embeddings.position_embedding.weight", "positional_embedding"),
-    ("embeddings.class_embedding", "class_embedding"),
-    ("pre_layrnorm", "ln_pre"),
-    ("encoder.layers", "transformer.resblocks"),
-    ("layer_norm", "ln_"),
-    ("self_attn.out_proj", "attn.out_proj"),
-    ("mlp.fc1", "mlp.c_fc"),
-    ("mlp.fc2", "mlp.c_proj"),
-)
-
-
-def copy_clip(visual: torch.nn.Module, theirs: CLIPVisionModel) -> None:
+def copy_clip(visual: torch.nn.Module, theirs: CLIPVisionModel, row: Row) -> None:
     """Our tower's weights into transformers' model; what our tower was cut of stays as it is."""
-    mine, used = dict(visual.named_parameters()), set()
-    for name, p in theirs.named_parameters():
-        name = name.removeprefix("vision_model.")
-        for their_name, our_name in CLIP_NAMES:
-            name = name.replace(their_name, our_name)
-        found = re.search(r"self_attn\.([qkv])_proj\.", name)
-        name = re.sub(r"self_attn\.[qkv]_proj\.", "attn.in_proj_", name)
-        if name in mine:
-            whole = mine[name]
-            p.data.copy_(whole.chunk(3)["qkv".index(found[1])] if found else whole)
-            used.add(name)
-    assert used == mine.keys(), mine.keys() - used
+    whole = torch.nn.Module()
+    whole.vision_tower = theirs
+    hf.copy({f"encoder.visual.{n}": p for n, p in visual.named_parameters()}, whole, row)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -177,36 +155,6 @@ def ours(folder: Path, size: Size = TINY, visual: Visual = MOSAIC, **keys) -> VL
     return model
 
 
-# The peer's names, without `model.` and `vision_model.`, -> ours; timm has q, k, v in one matrix.
-RENAME = (
-    (r"^vision_tower\.embeddings\.patch_embedding", "encoder.visual.trunk.patch_embed.proj"),
-    (r"^vision_tower\.embeddings\.position_embedding\.weight", "encoder.visual.trunk.pos_embed"),
-    (r"^vision_tower\.encoder\.layers", "encoder.visual.trunk.blocks"),
-    (r"(trunk.*)layer_norm", r"\1norm"),
-    (r"(trunk.*)self_attn\.[qkv]_proj", r"\1attn.qkv"),
-    (r"(trunk.*)self_attn\.out_proj", r"\1attn.proj"),
-    (r"^multi_modal_projector\.linear_1", "projector.0"),
-    (r"^multi_modal_projector\.linear_2", "projector.2"),
-    (r"^image_newline", "newline"),
-    (r"^language_model", "llm.model"),
-    (r"^lm_head", "llm.lm_head"),
-)
-
-
-def our_name(name: str) -> str:
-    """A parameter of the peer -> ours; empty for its post-norm, which nothing uses."""
-    name = re.sub(r"^model\.", "", name).replace("vision_tower.vision_model.", "vision_tower.")
-    for pattern, ours in RENAME:
-        name = re.sub(pattern, ours, name)
-    return "" if "post_layernorm" in name else name
-
-
-def part(name: str, whole: Tensor) -> Tensor:
-    """The share of our parameter that a parameter of the peer holds."""
-    found = re.search(r"vision_tower.*self_attn\.([qkv])_proj", name)
-    return whole.chunk(3)["qkv".index(found[1])] if found else whole
-
-
 def grids(model: VLM) -> dict[str, list[list[int]]]:
     """The peer writes a grid as its canvas in pixels, height first."""
     R = model.row.tile
@@ -242,11 +190,7 @@ def peer_of(model: VLM, device: str = "cpu") -> LlavaOnevisionForConditionalGene
     peer.generation_config.pad_token_id = words.pad_token_id
     if device == "meta":
         return peer
-    mine = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, p in peer.named_parameters():
-            if our_name(name):
-                p.copy_(part(name, mine[our_name(name)]).view_as(p))
+    hf.copy(dict(model.named_parameters()), peer, row)
     return peer
 
 

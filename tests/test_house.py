@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "nanollava").glob("*.py"))
 ONE_PLACE = {  # a heavy library and the only modules that import it
-    "composer": {"train"}, "open_clip": {"encoder"}, "transformers": {"llm"},
+    "composer": {"train"}, "open_clip": {"encoder"}, "transformers": {"hf", "llm"},
     "streaming": {"data"}, "gradio": set(), "matplotlib": set(), "flash_attn": {"llm"},
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from nanollava import generate
+from nanollava import generate, hf
 from nanollava.anyres import layout
 from nanollava.cost import forward_flops, rates, step_flops
 from nanollava.encoder import build
@@ -120,7 +120,7 @@ def test_first_step_equals_llava_onevision(pair):
     theirs = other(**peer.batch(model, all_of_them)).loss
     expected = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     for name, g in gradients(other, theirs).items():
-        place = peer.part(name, expected[peer.our_name(name)])
+        place = hf.part(name, expected[hf.our_name(name, model.row)])
         place.copy_(g.view_as(place))
     whole, worst = apart(gradients(model, loss), expected)
     print(f"ours, peer: loss {abs(loss - theirs):.1e}, gradients {whole:.1e}, worst {worst:.1e}")
@@ -143,7 +143,7 @@ def test_clip_features_are_the_last_but_one_layer_without_the_class_token(tmp_pa
     torch.manual_seed(0)
     row, theirs = peer.clip(tmp_path)
     encoder = build(row, "random").eval()
-    peer.copy_clip(encoder.visual, theirs)
+    peer.copy_clip(encoder.visual, theirs, row)
     views = torch.randint(0, 256, (2, 3, row.tile, row.tile), dtype=torch.uint8)
     mean, std = (torch.tensor(x)[:, None, None] for x in (row.mean, row.std))
     pixels = (views / 255 - mean) / std

@@ -1,0 +1,275 @@
+"""LlavaOnevision folders of transformers, read and written.
+
+    keys, state = read("llava-onevision-qwen2-0.5b-ov-hf")  # recipe keys; our names -> tensors
+    write(model, "out"), difference(model, "out")  # plain transformers opens it; equal logits
+
+LlavaOnevision is the released code's model: `budget: mosaic` and all that goes with it. It and
+ours agree on questions about one image; of several it pads each to a square and adds a newline.
+"""
+
+import json
+import re
+from copy import deepcopy
+from os.path import commonprefix
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nanollava.anyres import Visual, parse_budget, parse_grids
+from nanollava.encoder import ENCODERS, Row
+from nanollava.llm import load_tokenizer
+from nanollava.prompts import PLACEHOLDER, TEMPLATES, Turn, stop_ids
+from nanollava.sequence import pack
+
+# A tensor in transformers, in the older or the newer spelling | in ours.
+NAMES = (
+    (r"^image_newline", "newline"),
+    (r"^multi_modal_projector\.linear_1", "projector.0"),
+    (r"^multi_modal_projector\.linear_2", "projector.2"),
+    (r"^(language_model\.)?lm_head", "llm.lm_head"),
+    (r"^language_model\.(model\.)?", "llm.model."),
+)
+# In a vision tower of transformers | in timm's SigLIP | in open_clip's CLIP.
+TOWER = (
+    (r"^vision_tower\.(vision_model\.)?", "encoder.visual.trunk.", "encoder.visual."),
+    (r"embeddings\.class_embedding", "cls_token", "class_embedding"),
+    (r"embeddings\.patch_embedding", "patch_embed.proj", "conv1"),
+    (r"embeddings\.position_embedding\.weight", "pos_embed", "positional_embedding"),
+    (r"pre_layrnorm", "norm_pre", "ln_pre"),
+    (r"encoder\.layers", "blocks", "transformer.resblocks"),
+    (r"layer_norm", "norm", "ln_"),
+    (r"self_attn\.[qkv]_proj\.", "attn.qkv.", "attn.in_proj_"),
+    (r"self_attn\.out_proj", "attn.proj", "attn.out_proj"),
+    (r"mlp\.fc1", "mlp.fc1", "mlp.c_fc"),
+    (r"mlp\.fc2", "mlp.fc2", "mlp.c_proj"),
+)
+CHAT = Template(
+    "{{ $start }}{% for message in messages %}{% set asked = message['role'] == 'user' %}"
+    "{{ $user if asked else $assistant if message['role'] == 'assistant' else raise_exception("
+    "'roles are user and assistant; the system prompt is fixed') }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{{ $after if asked else $end }}{% endfor %}{{ $ask if add_generation_prompt else '' }}"
+)
+
+
+def need(able: bool, key: str, given: Any, expected: Any) -> None:
+    """Raises ValueError with the other three unless `able`."""
+    if not able:
+        raise ValueError(f"{key} is {given!r}; expected {expected!r}")
+
+
+def tower(row: Row) -> dict[str, Any]:
+    """An encoder in words of config.json; empty where LlavaOnevision has no such tower."""
+    if not (row.tanh or "quickgelu" in row.open_clip):  # neither SigLIP, which has tanh, nor CLIP
+        return {}
+    return {
+        "model_type": "siglip_vision_model" if row.tanh else "clip_vision_model",
+        "image_size": row.tile, "patch_size": row.patch, "hidden_size": row.width,
+        "hidden_act": "gelu_pytorch_tanh" if row.tanh else "quick_gelu",
+        "vision_feature_select_strategy": "full" if row.tanh else "default",  # no class token
+    }  # fmt: skip
+
+
+def our_name(name: str, row: Row) -> str:
+    """The tensor of ours that holds one of theirs; q, k and v of a vision tower share one.
+
+    Empty for what nothing uses: blocks after the feature layer, the norm after them, the head.
+    """
+    name = name.removeprefix("model.")
+    vision, block = name.startswith("vision_tower."), re.search(r"layers\.(\d+)", name)
+    late = block and int(block[1]) >= row.blocks
+    if vision and (late or re.search(r"post_layernorm|\.head\.", name)):
+        return ""
+    for theirs, *ours in TOWER if vision else NAMES:
+        name = re.sub(theirs, ours[0 if row.tanh else -1], name)
+    return name
+
+
+def third(name: str) -> int | None:
+    """Which third of ours a tensor of theirs is; None for the whole."""
+    found = re.search(r"vision_tower.*self_attn\.([qkv])_proj", name)
+    return "qkv".index(found[1]) if found else None
+
+
+def part(name: str, whole: Tensor) -> Tensor:
+    """The share of our tensor that a tensor of theirs holds."""
+    return whole if third(name) is None else whole.chunk(3)[third(name)]
+
+
+@torch.no_grad()
+def copy(mine: dict[str, Tensor], theirs: nn.Module, row: Row) -> None:
+    """Our tensors into transformers' model; rows beyond ours are new words."""
+    for name, p in theirs.named_parameters():
+        if ours := our_name(name, row):
+            whole = part(name, mine[ours]).reshape(-1, *p.shape[1:])  # timm has pos_embed[1, T, C]
+            p[: len(whole)] = whole
+            p[len(whole) :] = whole.mean(0)  # the mean word is never the likeliest
+
+
+def load_tensors(file: str | Path) -> dict[str, Tensor]:
+    """A safetensors file; raises ValueError for half of one."""
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
+
+
+def name_grids(grids: list[tuple[int, int]]) -> str:
+    """The `max_grid` that means these; in a whole rectangle their order decides nothing."""
+    last = "{}x{}".format(*max(grids))
+    if {*parse_grids(last)} == {*grids}:
+        return last
+    return "+".join("{}x{}".format(*grid) for grid in grids) if grids[1:] else f"{last}..{last}"
+
+
+def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A LlavaOnevision folder -> the recipe's keys, and its tensors under our names.
+
+    Raises ValueError, naming the key of config.json, for what no recipe can say.
+    """
+    folder = Path(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind, there = config.model_type, f"{folder}, which has no recipe.yaml: "
+    need(kind == "llava_onevision", f"{there}model_type", kind, "llava_onevision")
+    encoder, ratio = find_encoder(config, there), config.vision_aspect_ratio
+    R, pinpoints = ENCODERS[encoder].tile, config.image_grid_pinpoints  # H, W
+    whole = not any(side % R for pair in pinpoints for side in pair)
+    need(whole, f"{there}image_grid_pinpoints", pinpoints, f"multiples of {R}")
+    number = re.fullmatch(r"anyres_max_([1-9]\d*)", ratio)
+    need(number, f"{there}vision_aspect_ratio", ratio, "anyres_max_9 or another number")
+    words = load_tokenizer(str(folder)).all_special_tokens
+    fit = [n for n, form in TEMPLATES.items() if form.specials and {*form.specials} <= {*words}]
+    need(fit, f"{folder}: special tokens", words, "those of qwen_1_5 or vicuna_v1")
+    visual = {"max_grid": name_grids([(w // R, h // R) for h, w in pinpoints]),
+              "max_visual_tokens": f"({number[1]}+1)T", "budget": "mosaic"}  # fmt: skip
+    keys = {"encoder": encoder, "connector": config.projector_hidden_act, "llm": str(folder),
+            "template": fit[0], "visual": visual}  # fmt: skip
+    state = read_tensors(folder, ENCODERS[encoder])
+    if config.get_text_config().tie_word_embeddings:
+        state.pop("llm.lm_head.weight", None)  # some folders hold it twice
+    return keys, state
+
+
+def find_encoder(config: transformers.LlavaOnevisionConfig, there: str) -> str:
+    """The encoder with that tower and feature layer; ValueError says what the nearest one has."""
+    above = ("vision_feature_layer", "vision_feature_select_strategy")
+    given = config.vision_config.to_dict() | {key: getattr(config, key) for key in above}
+    layers = given["num_hidden_layers"]  # their layer -1 is the output of the last of these blocks
+    known = {name: tower(row) | {"vision_feature_layer": row.blocks - layers - 1}
+             for name, row in ENCODERS.items() if tower(row)}  # fmt: skip
+    name = max(known, key=lambda n: sum(given.get(k) == v for k, v in known[n].items()))
+    for key, value in known[name].items():
+        need(given.get(key) == value, f"{there}{key}", given.get(key), value)
+    return name
+
+
+def read_tensors(folder: Path, row: Row) -> dict[str, Tensor]:
+    """The tensors of all files under our names."""
+    index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.is_file():
+        files = {*json.loads(index.read_text())["weight_map"].values()}
+    theirs = {name: x for file in files for name, x in load_tensors(folder / file).items()}
+    state: dict[str, Tensor] = {}
+    for name in sorted(theirs, key=lambda n: third(n) or 0):  # q, then k, then v
+        if ours := our_name(name, row):
+            x = theirs[name][None] if ours.endswith("pos_embed") else theirs[name]
+            state[ours] = torch.cat([state[ours], x]) if ours in state else x
+    return state
+
+
+def check(recipe: Any, row: Row) -> None:
+    """Raises ValueError, naming the key of the recipe, for what LlavaOnevision cannot be."""
+    visual, T = recipe.visual, row.side**2
+    for key, value in vars(Visual(budget="mosaic")).items():
+        if key not in ("max_grid", "max_visual_tokens"):
+            need(getattr(visual, key) == value, f"visual.{key}", getattr(visual, key), value)
+    tau, tokens = parse_budget(visual.max_visual_tokens, T), visual.max_visual_tokens
+    need(tau % T == 0 and tau > T, "visual.max_visual_tokens", tokens, "2T, 3T or more")
+    need(visual.max_grid != "base", "visual.max_grid", "base", "tiles, as in 5grids")
+    need(not recipe.projector_norm, "projector_norm", True, False)
+    need(tower(row), "encoder", recipe.encoder, [n for n, r in ENCODERS.items() if tower(r)])
+    need(recipe.template != "plain", "template", "plain", "qwen_1_5 or vicuna_v1")
+
+
+def to_config(model: Any, words: Any) -> transformers.LlavaOnevisionConfig:
+    """A VLM's sizes and settings; `words` is its tokenizer with `<image>`."""
+    row, tiles, block = model.row, model.recipe.visual, model.encoder.blocks[0]
+    vision, text, R, T = tower(row), model.llm.config.to_dict(), row.tile, row.side**2
+    image, video = words.convert_tokens_to_ids([PLACEHOLDER, "<video>"])
+    return transformers.LlavaOnevisionConfig(
+        vision_feature_select_strategy=vision.pop("vision_feature_select_strategy"),
+        vision_config=vision | {
+            "num_hidden_layers": row.blocks, "num_attention_heads": block.attn.num_heads,
+            "intermediate_size": len(next(block.mlp.parameters())), "vision_use_head": False},
+        text_config=text | {
+            "vocab_size": max(text["vocab_size"], image + 1, video + 1), "_name_or_path": "",
+            "dtype": "float32"},
+        image_token_index=image, video_token_index=video,
+        projector_hidden_act=model.recipe.connector,
+        vision_aspect_ratio=f"anyres_max_{parse_budget(tiles.max_visual_tokens, T) // T - 1}",
+        image_grid_pinpoints=[[b * R, a * R] for a, b in parse_grids(tiles.max_grid)],
+    )  # fmt: skip
+
+
+def write(model: Any, folder: str | Path) -> None:
+    """A VLM -> a folder that plain transformers opens: the model, its tokenizer and processor.
+
+    Raises ValueError, naming the key of the recipe, for what LlavaOnevision cannot be.
+    """
+    row, form, words = model.row, TEMPLATES[model.recipe.template], deepcopy(model.tokenizer)
+    check(model.recipe, row)
+    words.add_tokens([PLACEHOLDER, "<video>"], special_tokens=True)
+    names = ["input_ids", "attention_mask"]  # what `generate` takes
+    words.init_kwargs["model_input_names"] = words.model_input_names = names  # saved only as both
+    config, ends = to_config(model, words), stop_ids(words, model.recipe.template)
+    theirs = transformers.LlavaOnevisionForConditionalGeneration(config)
+    copy(dict(model.named_parameters()), theirs, row)
+    pad = words.pad_token_id or ends[0]
+    theirs.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    theirs.save_pretrained(folder)
+    pixels = {"size": {"height": row.tile, "width": row.tile},
+              "image_mean": row.mean, "image_std": row.std}  # fmt: skip
+    grids, strategy = config.image_grid_pinpoints, config.vision_feature_select_strategy
+    texts = {"start": form.start.removeprefix("<s>"), "user": form.user[0], "after": form.user[1],
+             "assistant": form.assistant, "ask": form.assistant.rstrip(" "),
+             "end": form.end + form.after}  # fmt: skip
+    transformers.LlavaOnevisionProcessor(
+        transformers.LlavaOnevisionImageProcessorFast(**pixels, image_grid_pinpoints=grids), words,
+        transformers.LlavaOnevisionVideoProcessor(**pixels),
+        num_image_tokens=row.side**2 + (strategy == "default"),  # it takes the class token off
+        vision_feature_select_strategy=strategy, vision_aspect_ratio=config.vision_aspect_ratio,
+        chat_template=CHAT.substitute({key: json.dumps(text) for key, text in texts.items()}),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+@torch.no_grad()
+def difference(model: Any, folder: str | Path) -> float:
+    """The largest difference of a logit between a VLM and a folder in plain transformers, in
+    float32, on a fixed image and question. Raises ValueError where the tokens differ already.
+    """
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    process = transformers.AutoProcessor.from_pretrained(folder)
+    R, text, draw = model.row.tile, "What is it?", torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3 * R // 2, 5 * R // 2, 3), dtype=torch.uint8, generator=draw)
+    image = Image.fromarray(pixels.numpy())
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    prompt = process.apply_chat_template(talk, add_generation_prompt=True)
+    inputs = process(images=image, text=prompt, return_tensors="pt")
+    turn = Turn("user", f"{PLACEHOLDER}\n{text}", 1)
+    row = pack([model.writer()([turn], [image], answer=True)], R)
+    ids = row.ids.index_fill(0, row.visual, theirs.config.image_token_id).tolist()
+    found = inputs["input_ids"][0].tolist()
+    same = f"{len(found)} tokens, the first {len(commonprefix([found, ids]))} as expected"
+    need(found == ids, f"{folder}: the prompt in transformers", same, f"{len(ids)} tokens")
+    row = row.to(model.newline.device)
+    hidden = model.read(model.embed(row), row.positions, list(row.lengths))
+    mine = model.llm.lm_head(hidden).cpu()
+    return (theirs(**inputs).logits[0, :, : mine.shape[1]] - mine).abs().max().item()
