@@ -114,7 +114,7 @@ def export(run: Run, out: Path) -> None:
     from tempfile import TemporaryDirectory
 
     from nanollava import hf
-    from nanollava.model import load
+    from nanollava.model import difference, load
 
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty: give another folder")
@@ -122,7 +122,7 @@ def export(run: Run, out: Path) -> None:
     above.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=above) as scratch:  # so that OUT is whole, or not there
         hf.write(model, Path(scratch) / "out")
-        apart = hf.difference(model, Path(scratch) / "out")
+        apart = difference(model, Path(scratch) / "out")
         if not apart <= 1e-4:
             raise ValueError(f"transformers' logits differ by {apart:.1e}, limit 1e-4: no {out}")
         os.replace(Path(scratch) / "out", out)

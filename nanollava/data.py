@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from filelock import FileLock
-from streaming import MDSWriter, Stream, StreamingDataLoader, StreamingDataset
+from streaming import LocalDataset, MDSWriter, Stream, StreamingDataLoader, StreamingDataset
 from tqdm import tqdm
 
 from nanollava.anyres import open_image
@@ -95,6 +95,12 @@ def prepare(recipe: Recipe) -> None:
     used = {name for stage in stages for name, times in stage.sources.items() if times}
     for name in sorted(used):
         prepare_source(recipe, name)
+
+
+def stored(recipe: Recipe, name: str) -> LocalDataset | None:
+    """The rows of a source's shards, where they are written already."""
+    folder = shard_folder(recipe, name)
+    return LocalDataset(local=str(folder)) if folder.is_dir() else None
 
 
 def split_images(data: bytes, sizes: list[int]) -> list[bytes]:

@@ -23,8 +23,6 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanollava.hub import fetching
-
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 
@@ -148,7 +146,8 @@ def build(row: Row, weights: str = "published") -> Encoder:
     """An encoder with published weights, those of a file, or random ones.
 
     A file is what the publisher ships (open_clip's or EVA's whole checkpoint), for nano a
-    .safetensors of the cut tower. Raises FileNotFoundError where it or the network is missing.
+    .safetensors of the cut tower. Raises FileNotFoundError where it is missing, and the libraries'
+    errors where there is no network.
     """
     file = "" if weights in ("published", "random") else weights
     if file and not Path(file).is_file():
@@ -157,14 +156,12 @@ def build(row: Row, weights: str = "published") -> Encoder:
         )
     if row.open_clip:
         tag = None if weights == "random" else file or row.published
-        with fetching(f"{row.open_clip}: {tag}", "encoder_weights"):
-            device = torch.empty(0).device  # "meta" under `with torch.device("meta")`
-            visual = open_clip.create_model(row.open_clip, pretrained=tag, device=device).visual
+        device = torch.empty(0).device  # "meta" under `with torch.device("meta")`
+        visual = open_clip.create_model(row.open_clip, pretrained=tag, device=device).visual
     elif row.hub:
         visual = eva(row)
         if weights == "published":
-            with fetching(f"{row.hub}: {row.published}", "encoder_weights"):
-                file = hf_hub_download(row.hub, row.published)
+            file = hf_hub_download(row.hub, row.published)
         if file:
             load_eva(visual, file)
     else:

@@ -1,7 +1,7 @@
 """LlavaOnevision folders of transformers, read and written.
 
     keys, state = read("llava-onevision-qwen2-0.5b-ov-hf")  # recipe keys; our names -> tensors
-    write(model, "out"), difference(model, "out")  # plain transformers opens it; equal logits
+    write(model, "out")  # plain transformers opens it; `export` compares the logits
 
 LlavaOnevision is the released code's model: `budget: mosaic` and all that goes with it. It and
 ours agree on questions about one image; of several it pads each to a square and adds a newline.
@@ -10,14 +10,12 @@ ours agree on questions about one image; of several it pads each to a square and
 import json
 import re
 from copy import deepcopy
-from os.path import commonprefix
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import torch
 import transformers
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,8 +23,7 @@ from torch import Tensor, nn
 from nanollava.anyres import Visual, parse_budget, parse_grids
 from nanollava.encoder import ENCODERS, Row
 from nanollava.llm import load_tokenizer
-from nanollava.prompts import PLACEHOLDER, TEMPLATES, Turn, stop_ids
-from nanollava.sequence import pack
+from nanollava.prompts import PLACEHOLDER, TEMPLATES, stop_ids
 
 # A tensor in transformers, in the older or the newer spelling | in ours.
 NAMES = (
@@ -250,26 +247,8 @@ def write(model: Any, folder: str | Path) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
-@torch.no_grad()
-def difference(model: Any, folder: str | Path) -> float:
-    """The largest difference of a logit between a VLM and a folder in plain transformers, in
-    float32, on a fixed image and question. Raises ValueError where the tokens differ already.
-    """
-    theirs = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    process = transformers.AutoProcessor.from_pretrained(folder)
-    R, text, draw = model.row.tile, "What is it?", torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (3 * R // 2, 5 * R // 2, 3), dtype=torch.uint8, generator=draw)
-    image = Image.fromarray(pixels.numpy())
-    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-    prompt = process.apply_chat_template(talk, add_generation_prompt=True)
-    inputs = process(images=image, text=prompt, return_tensors="pt")
-    turn = Turn("user", f"{PLACEHOLDER}\n{text}", 1)
-    row = pack([model.writer()([turn], [image], answer=True)], R)
-    ids = row.ids.index_fill(0, row.visual, theirs.config.image_token_id).tolist()
-    found = inputs["input_ids"][0].tolist()
-    same = f"{len(found)} tokens, the first {len(commonprefix([found, ids]))} as expected"
-    need(found == ids, f"{folder}: the prompt in transformers", same, f"{len(ids)} tokens")
-    row = row.to(model.newline.device)
-    hidden = model.read(model.embed(row), row.positions, list(row.lengths))
-    mine = model.llm.lm_head(hidden).cpu()
-    return (theirs(**inputs).logits[0, :, : mine.shape[1]] - mine).abs().max().item()
+def reopen(folder: str | Path) -> tuple[nn.Module, Any]:
+    """What plain transformers makes of a folder: its model in float32, and its processor."""
+    kind = transformers.AutoModelForImageTextToText
+    theirs = kind.from_pretrained(folder, dtype=torch.float32)
+    return theirs, transformers.AutoProcessor.from_pretrained(folder)

@@ -24,8 +24,6 @@ from transformers import (
 )
 from transformers.masking_utils import AttentionMaskInterface
 
-from nanollava.hub import fetching
-
 # The blog's LLMs, so that `plan` needs no network: width, blocks, heads, key-value heads, MLP
 # width, vocabulary.
 LLMS = {
@@ -160,8 +158,7 @@ def load_tokenizer(name: str):
     """
     _local(name)
     own = (Path(name) / "tokenizer.json").is_file()
-    with fetching(name, "llm"):
-        return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(name)
+    return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(name)
 
 
 def config_of(name: str, random: bool = False) -> PretrainedConfig:
@@ -177,8 +174,7 @@ def config_of(name: str, random: bool = False) -> PretrainedConfig:
             max_position_embeddings=length, rope_theta=5e6 if "-4B-" in name else theta,
             rms_norm_eps=1e-6 if qwen else 1e-5, tie_word_embeddings="-0.5B-" in name,
         )  # fmt: skip
-    with fetching(name, "llm"):
-        return AutoConfig.from_pretrained(name)
+    return AutoConfig.from_pretrained(name)
 
 
 def load_llm(name: str, weights: str = "published", dtype: torch.dtype = torch.float32):
@@ -193,7 +189,6 @@ def load_llm(name: str, weights: str = "published", dtype: torch.dtype = torch.f
         return model.to(dtype)
     if config is not whole:  # its weights have other names: the LLM would stay random
         raise ValueError(f"llm: {name} is a {whole.model_type}, not an LLM alone; give an LLM")
-    with fetching(name, "llm"):
-        return AutoModelForCausalLM.from_pretrained(
-            name, config=config, attn_implementation="packed", dtype=dtype
-        )
+    return AutoModelForCausalLM.from_pretrained(
+        name, config=config, attn_implementation="packed", dtype=dtype
+    )

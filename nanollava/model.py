@@ -7,9 +7,11 @@
 
 import json
 import os
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,11 +19,13 @@ from torch.nn import functional as F
 from nanollava import hf
 from nanollava.anyres import Layout, Visual
 from nanollava.encoder import ENCODERS, build
+from nanollava.hub import fetching
 from nanollava.llm import load_llm, load_tokenizer
 from nanollava.pooling import add_newlines, pool
 from nanollava.projector import Projector
+from nanollava.prompts import PLACEHOLDER, Turn
 from nanollava.recipe import Recipe, check, read_recipe, write_recipe
-from nanollava.sequence import Pack, Writer
+from nanollava.sequence import Pack, Writer, pack
 
 # What a stage trains; the learned newline goes with the projector.
 TRAIN = {
@@ -37,9 +41,11 @@ class VLM(nn.Module):
     def __init__(self, recipe: Recipe, weights: str = ""):
         super().__init__()
         self.recipe, self.row = recipe, ENCODERS[recipe.encoder]
-        self.encoder = build(self.row, weights or recipe.encoder_weights)
-        self.llm = load_llm(recipe.llm, weights or recipe.llm_weights)
-        self.tokenizer = load_tokenizer(recipe.llm)
+        with fetching(self.row.published or recipe.encoder, "encoder_weights"):
+            self.encoder = build(self.row, weights or recipe.encoder_weights)
+        with fetching(recipe.llm, "llm"):
+            self.llm = load_llm(recipe.llm, weights or recipe.llm_weights)
+            self.tokenizer = load_tokenizer(recipe.llm)
         words = self.llm.get_input_embeddings().weight
         rms = 1.0 if words.is_meta else words.detach().float().square().mean().sqrt().item()
         dim, scale = words.shape[1], rms if recipe.projector_norm else 0.0
@@ -216,3 +222,27 @@ def fill(model: VLM, state: dict[str, Tensor], source: str | Path) -> None:
         missing = [n for n in missing if n != "llm.lm_head.weight"]
     if missing or extra:
         raise ValueError(f"{source}: missing {missing[:3]}, not of this model {extra[:3]}")
+
+
+@torch.no_grad()
+def difference(model: VLM, folder: str | Path) -> float:
+    """The largest difference of a logit between a VLM and a folder in plain transformers, in
+    float32, on a fixed image and question. Raises ValueError where the tokens differ already.
+    """
+    theirs, process = hf.reopen(folder)
+    R, text, draw = model.row.tile, "What is it?", torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3 * R // 2, 5 * R // 2, 3), dtype=torch.uint8, generator=draw)
+    image = Image.fromarray(pixels.numpy())
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    prompt = process.apply_chat_template(talk, add_generation_prompt=True)
+    inputs = process(images=image, text=prompt, return_tensors="pt")
+    turn = Turn("user", f"{PLACEHOLDER}\n{text}", 1)
+    row = pack([model.writer()([turn], [image], answer=True)], R)
+    ids = row.ids.index_fill(0, row.visual, theirs.config.image_token_id).tolist()
+    found = inputs["input_ids"][0].tolist()
+    same = f"{len(found)} tokens, the first {len(commonprefix([found, ids]))} as expected"
+    hf.need(found == ids, f"{folder}: the prompt in transformers", same, f"{len(ids)} tokens")
+    row = row.to(model.newline.device)
+    hidden = model.read(model.embed(row), row.positions, list(row.lengths))
+    mine = model.llm.lm_head(hidden).cpu()
+    return (theirs(**inputs).logits[0, :, : mine.shape[1]] - mine).abs().max().item()

@@ -24,17 +24,17 @@ from PIL import Image
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from streaming import LocalDataset
 
 from nanollava.anyres import FORMATS, Layout
 from nanollava.cost import forward_flops, rates, step_flops
-from nanollava.data import shard_folder, split_images
+from nanollava.data import split_images, stored
 from nanollava.encoder import ENCODERS, build
 from nanollava.llm import load_llm, load_tokenizer
 from nanollava.model import TRAIN
 from nanollava.projector import Projector
 from nanollava.prompts import encode, read_turns
 from nanollava.recipe import Recipe, Stage
+from nanollava.runs import steps_of
 from nanollava.sequence import Writer, expand
 from nanollava.sources import images_of, records
 
@@ -70,9 +70,8 @@ def upright_size(data: bytes) -> tuple[int, int]:
 
 def look(recipe: Recipe, name: str) -> Iterator[tuple[list, list[bytes]]]:
     """Conversations and images of a source's shards, or of its first records where it is local."""
-    folder, source = shard_folder(recipe, name), recipe.sources[name]
-    if folder.is_dir():
-        rows = LocalDataset(local=str(folder))
+    rows, source = stored(recipe, name), recipe.sources[name]
+    if rows is not None:
         for i in random.Random(0).sample(range(len(rows)), min(LIMIT, len(rows))):
             yield rows[i]["conversations"], split_images(rows[i]["image"], rows[i]["sizes"])
     else:
@@ -83,7 +82,7 @@ def look(recipe: Recipe, name: str) -> Iterator[tuple[list, list[bytes]]]:
 def sketches(recipe: Recipe, name: str, writer: Writer) -> tuple[list[Sketch], str]:
     """Documents of a source, and how they are known."""
     source = recipe.sources[name]
-    if "hf://" in source.path and not shard_folder(recipe, name).is_dir():
+    if "hf://" in source.path and stored(recipe, name) is None:
         if not source.assume.sizes:
             raise ValueError(f"sources.{name}: neither shards (run prepare) nor `assume.sizes`")
         out = []
@@ -106,10 +105,8 @@ def sketches(recipe: Recipe, name: str, writer: Writer) -> tuple[list[Sketch], s
 
 def count_of(recipe: Recipe, name: str) -> int:
     """Samples of a source: its shards', the recipe's `samples`, or `expected` at the origin."""
-    folder, source = shard_folder(recipe, name), recipe.sources[name]
-    if folder.is_dir():
-        return len(LocalDataset(local=str(folder)))
-    return source.samples or source.expected
+    rows, source = stored(recipe, name), recipe.sources[name]
+    return source.samples or source.expected if rows is None else len(rows)
 
 
 def parts_of(recipe: Recipe) -> SimpleNamespace:
@@ -204,8 +201,7 @@ def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, device: str, d
                     recipe.label_mask, recipe.max_length)  # fmt: skip
     mix, known = mix_of(recipe, stage, writer)
     samples = sum(n for _, n in mix)
-    times, unit = int(stage.duration[:-2]), stage.duration[-2:]
-    steps = times * (int(samples) // stage.batch_size) if unit == "ep" else times
+    steps = steps_of(stage, int(samples) // stage.batch_size)
     parted, after = rates(parts), visual.pool_after_projector
     forward = {}
     for sketch, n in mix:

@@ -9,14 +9,14 @@ import platform
 import shutil
 import subprocess
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from nanollava.recipe import Recipe, differences, read_recipe, write_recipe
+from nanollava.recipe import Recipe, Stage, differences, read_recipe, write_recipe
 
 PACKAGES = ("torch", "transformers", "mosaicml", "mosaicml-streaming", "open_clip_torch")
 COLUMNS = ("stage", "step", "source", "loss", "tokens", "lr", "seconds")
@@ -119,3 +119,44 @@ def write_reference(runs: Iterable[str | Path], out: str | Path) -> None:
             (*place, f"{min(means) * 0.95:.2f}", f"{max(means) * 1.05:.2f}")
             for place, means in told.items()
         )])  # fmt: skip
+
+
+def steps_of(stage: Stage, batches: int) -> int:
+    """Optimizer steps of a stage whose loader has `batches` in an epoch."""
+    if not batches:
+        raise ValueError(
+            f"the stage's sources hold fewer samples than batch_size {stage.batch_size}"
+        )
+    times, unit = int(stage.duration[:-2]), stage.duration[-2:]
+    return times * batches if unit == "ep" else times
+
+
+def announce(name: str, stage: Stage, counts: dict[str, int], steps: int) -> None:
+    """Print what a stage trains and what it freezes."""
+    train = ", ".join(f"{part} {n:,}" for part, n in counts.items() if n)
+    vision = f", vision {stage.vision_lr:g}" if counts["encoder"] else ""
+    frozen = ", ".join(part for part, n in counts.items() if not n) or "nothing"
+    mix = ", ".join(f"{source} x {times:g}" for source, times in stage.sources.items() if times)
+    print(
+        f"\n{name}: trains {train} parameters (lr {stage.lr:g}{vision}); "
+        f"frozen: {frozen}\n  {steps:,} steps of {stage.batch_size} samples: {mix}"
+    )
+
+
+def checkpointing(name: str, run: Path, due: Callable) -> dict:
+    """Composer's settings: one checkpoint a stage, found again by the stage's name.
+
+    Composer's own autoresume deletes a signal file once per node, which fails where nodes share
+    the run folder, as they must here.
+    """
+    latest = run / "checkpoints" / f"{name}-latest-rank0.pt"
+    return {
+        "run_name": name,
+        "save_folder": str(run / "checkpoints"),
+        "save_filename": name + "-ba{batch}-rank{rank}.pt",
+        "save_latest_filename": name + "-latest-rank{rank}.pt",
+        "save_interval": due,
+        "save_num_checkpoints_to_keep": 1,
+        "save_overwrite": True,
+        "load_path": str(latest) if latest.exists() else None,
+    }

@@ -16,7 +16,7 @@ from math import isfinite
 from pathlib import Path
 
 import torch
-from composer import Callback, ComposerModel, DataSpec, State, Time, TimeUnit, Trainer
+from composer import Callback, ComposerModel, DataSpec, State, Trainer
 from composer.callbacks import SpeedMonitor
 from composer.loggers import Logger
 from composer.optim import CosineAnnealingWithWarmupScheduler
@@ -31,7 +31,16 @@ from nanollava.cost import forward_flops, rates, step_flops
 from nanollava.data import make_loader, prepare
 from nanollava.model import TRAIN, VLM, load_weights, save
 from nanollava.recipe import Recipe, Stage
-from nanollava.runs import Expected, add_losses, check_run, keep_losses, open_run
+from nanollava.runs import (
+    Expected,
+    add_losses,
+    announce,
+    check_run,
+    checkpointing,
+    keep_losses,
+    open_run,
+    steps_of,
+)
 from nanollava.sequence import Document, Pack, pack, split
 
 
@@ -158,28 +167,6 @@ class Report(Callback):
             self.bar.close()
 
 
-def steps_of(stage: Stage, batches: int) -> int:
-    """Optimizer steps of a stage whose loader has `batches` in an epoch."""
-    if not batches:
-        raise ValueError(
-            f"the stage's sources hold fewer samples than batch_size {stage.batch_size}"
-        )
-    duration = Time.from_timestring(stage.duration)
-    return duration.value * (batches if duration.unit == TimeUnit.EPOCH else 1)
-
-
-def announce(name: str, stage: Stage, counts: dict[str, int], steps: int) -> None:
-    """Print what a stage trains and what it freezes."""
-    train = ", ".join(f"{part} {n:,}" for part, n in counts.items() if n)
-    vision = f", vision {stage.vision_lr:g}" if counts["encoder"] else ""
-    frozen = ", ".join(part for part, n in counts.items() if not n) or "nothing"
-    mix = ", ".join(f"{source} x {times:g}" for source, times in stage.sources.items() if times)
-    print(
-        f"\n{name}: trains {train} parameters (lr {stage.lr:g}{vision}); "
-        f"frozen: {frozen}\n  {steps:,} steps of {stage.batch_size} samples: {mix}"
-    )
-
-
 def run_stage(recipe: Recipe, name: str, model: VLM) -> bool:
     """Train one stage, from its last checkpoint on; returns whether it was asked to stop then."""
     stage = recipe.stages[name]
@@ -225,27 +212,8 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> T
         device="gpu" if torch.cuda.is_available() else "cpu",
         progress_bar=False,
         **sharding(recipe, model),
-        **checkpointing(name, run, report),
+        **checkpointing(name, run, report.due),
     )
-
-
-def checkpointing(name: str, run: Path, report: Report) -> dict:
-    """Composer's settings: one checkpoint a stage, found again by the stage's name.
-
-    Composer's own autoresume deletes a signal file once per node, which fails where nodes share
-    the run folder, as they must here.
-    """
-    latest = run / "checkpoints" / f"{name}-latest-rank0.pt"
-    return {
-        "run_name": name,
-        "save_folder": str(run / "checkpoints"),
-        "save_filename": name + "-ba{batch}-rank{rank}.pt",
-        "save_latest_filename": name + "-latest-rank{rank}.pt",
-        "save_interval": report.due,
-        "save_num_checkpoints_to_keep": 1,
-        "save_overwrite": True,
-        "load_path": str(latest) if latest.exists() else None,
-    }
 
 
 def sharding(recipe: Recipe, model: VLM) -> dict:

@@ -32,9 +32,10 @@ from nanollava.anyres import best_grid, parse_grids
 from nanollava.encoder import ENCODERS, build
 from nanollava.evaluate import evaluate
 from nanollava.llm import load_llm
-from nanollava.model import VLM, load, save
+from nanollava.model import VLM, difference, load, save
 from nanollava.prompts import stop_ids
 from nanollava.recipe import Recipe
+from nanollava.sequence import pack
 
 pytestmark = pytest.mark.parity
 GROUPED = replace(peer.TINY, kv_heads=2, tied=False)
@@ -123,7 +124,7 @@ def same(a: VLM, b: VLM) -> bool:
 
 
 def test_a_written_folder_gives_equal_logits_and_comes_back(case):
-    apart = hf.difference(case.model, case.folder)
+    apart = difference(case.model, case.folder)
     print(f"ours in transformers: {apart:.1e}")
     assert apart < 1e-5
     back = load(case.folder)
@@ -137,7 +138,7 @@ def test_a_written_folder_gives_equal_logits_and_comes_back(case):
         words = name in ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
         assert len(other[name]) - len(x) == (2 if words and len(x) == 258 else 0), name
         assert (other[name][len(x) :] == x.mean(0)).all()  # never the likeliest word
-    apart = hf.difference(back, case.folder)
+    apart = difference(back, case.folder)
     print(f"theirs here: {apart:.1e}")
     assert apart < 1e-5
 
@@ -237,7 +238,7 @@ def test_a_folder_that_transformers_made_gives_equal_logits(kind, tied, tmp_path
         inputs.pop("labels")
         with torch.no_grad():
             expected = theirs(**inputs).logits[0]
-            row = hf.pack([document], model.row.tile)
+            row = pack([document], model.row.tile)
             hidden = model.read(model.embed(row), row.positions, list(row.lengths))
             apart = (model.llm.lm_head(hidden) - expected).abs().max()
         print(f"{kind}: {apart:.1e}")
@@ -410,9 +411,9 @@ def nudge(folder: Path) -> None:
 
 
 def test_one_other_number_is_a_difference(copied):
-    assert hf.difference(copied.model, copied.folder) < 1e-5
+    assert difference(copied.model, copied.folder) < 1e-5
     nudge(copied.folder)
-    assert hf.difference(copied.model, copied.folder) > 1e-4
+    assert difference(copied.model, copied.folder) > 1e-4
 
 
 def test_other_tokens_are_told_apart(copied):
@@ -421,7 +422,7 @@ def test_other_tokens_are_told_apart(copied):
     n = len(copied.model.writer()(talk("What is it?"), [noise((187, 112))], answer=True).ids)
     told = rf"is '{n - 1} tokens, the first \d+ as expected'; expected '{n} tokens'"
     with pytest.raises(ValueError, match=told):
-        hf.difference(copied.model, copied.folder)
+        difference(copied.model, copied.folder)
 
 
 @pytest.fixture(scope="module")

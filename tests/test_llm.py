@@ -3,14 +3,18 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import sentencepiece
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nanollava.encoder import ENCODERS
 from nanollava.llm import LLMS, config_of, load_llm, load_tokenizer
+from nanollava.model import VLM
 from nanollava.prompts import Turn, encode
+from nanollava.recipe import Recipe
 
 # Parameters of the published checkpoints.
 SIZES = {
@@ -76,14 +80,20 @@ def test_a_pickle_with_code_is_not_run(vicuna, capfd):
             return print, ("it ran",)
 
     torch.save({"model.embed_tokens.weight": Bomb()}, vicuna / "pytorch_model.bin")
-    with pytest.raises((FileNotFoundError, pickle.UnpicklingError)):
+    with pytest.raises((OSError, pickle.UnpicklingError)):
         load_llm(str(vicuna))
     assert "it ran" not in capfd.readouterr().out
 
 
-def test_without_a_network_it_is_said_what_to_copy_where(monkeypatch, tmp_path):
+@pytest.mark.parametrize("encoder", ["nano_m", "clip_l_336", "eva_8b_448"])
+def test_without_a_network_it_is_said_what_to_copy_where(encoder, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    for load in (load_tokenizer, load_llm):
-        with pytest.raises(FileNotFoundError, match="Qwen1.5-0.5B-Chat.*as llm, or set HF_HOME"):
-            load("Qwen/Qwen1.5-0.5B-Chat")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    row = ENCODERS[encoder]
+    if row.hub:  # as small as its file's name is
+        small = replace(row, width=64, blocks=1, heads=2)
+        monkeypatch.setitem(ENCODERS, encoder, small)
+    kept = "random" if row.stem else "published"
+    told = "Qwen1.5-0.5B-Chat.*as llm" if row.stem else f"{row.published}.*as encoder_weights"
+    with pytest.raises(FileNotFoundError, match=f"{told}, or set HF_HOME"):
+        VLM(Recipe(encoder=encoder, encoder_weights=kept))
