@@ -136,7 +136,7 @@ def run(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("NANOLLAVA_TRACE"):
             raise
         sys.exit(f"error: {error}")

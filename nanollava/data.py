@@ -1,49 +1,57 @@
 """Data: records -> MDS shards, once -> documents, shuffled and mixed by mosaicml-streaming.
 
-`prepare` keeps each image's original bytes and can be stopped at any time: a source is written to
-a folder named `.part` that gets its real name when it is complete. What cannot be read is counted,
-named in `bad.json` and left out; nothing is ever replaced by another sample.
+`prepare` keeps each image's original bytes and can be stopped at any time: a source is written in
+chunks to a folder named `.part`, goes on after the last whole chunk, and gets its real name when it
+is complete. What cannot be read is counted, named in `bad.json` and left out; nothing is ever
+replaced by another sample.
 """
 
+import errno
 import getpass
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import torch.distributed as dist
 from filelock import FileLock
 from streaming import LocalDataset, MDSWriter, Stream, StreamingDataLoader, StreamingDataset
+from streaming.base.util import merge_index
 from tqdm import tqdm
 
 from nanollava.anyres import open_image
+from nanollava.hub import check_space, weigh
 from nanollava.prompts import read_turns
-from nanollava.recipe import Recipe, Stage
+from nanollava.recipe import ABOUT, Recipe, Stage, used_sources
 from nanollava.sequence import Document, Writer
-from nanollava.sources import READERS, Source, images_of, records
+from nanollava.sources import READERS, files_here, images_of, records
 
 COLUMNS = {"id": "str", "image": "bytes", "sizes": "json", "conversations": "json", "source": "str"}
+CHUNK = 16_384  # records of a source that are written at once: the most that a stop can cost
 
 
 def shard_folder(recipe: Recipe, name: str) -> Path:
-    """Where a source's shards lie: its name, and a hash of all that its content depends on."""
+    """Where a source's shards lie: its name, and a hash of all that its content depends on; of
+    files that may be large, their names and sizes, and of the hub's, their address alone.
+    """
     source = recipe.sources[name]
-    key = json.dumps([asdict(source), recipe.seed])
-    kind, _, file = source.path.partition(":")
-    file = Path(file if kind in READERS else source.path.rpartition(":")[0])
-    files = sorted(file.parent.glob("*.py")) if file.suffix == ".py" else [file]
-    content = b"".join(f.read_bytes() for f in files if f.is_file())  # what FILE.py may import
-    return Path(recipe.data) / f"{name}-{hashlib.sha256(key.encode() + content).hexdigest()[:10]}"
+    key = {k: v for k, v in asdict(source).items() if k not in ABOUT}
+    digest = hashlib.sha256(json.dumps([key, recipe.seed]).encode())
+    for file in files_here(source.path):
+        small = file.suffix in (".py", ".json")
+        digest.update(file.read_bytes() if small else f"{file.name} {file.stat().st_size}".encode())
+    return Path(recipe.data) / f"{name}-{digest.hexdigest()[:10]}"
 
 
-def usable(source: Source, seed: int, bad: list[str]) -> Iterator[tuple[dict, list[bytes]]]:
-    """The records of a source, with their images, that can be read; the others to `bad`."""
-    for record in records(source, seed):
+def usable(found: Iterable[dict], bad: list[str]) -> Iterator[tuple[dict, list[bytes]]]:
+    """The records, with their images, that can be read; the others to `bad`."""
+    for record in found:
         try:
             images = images_of(record)
             for data in images:
@@ -51,7 +59,7 @@ def usable(source: Source, seed: int, bad: list[str]) -> Iterator[tuple[dict, li
             turns = read_turns(record["conversations"], len(images))
             if not any(turn.role == "assistant" and turn.text for turn in turns):
                 raise ValueError("no answer to learn from")
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, OSError, RuntimeError) as error:
             bad.append(f"{record.get('id')}: {error}")
             continue
         yield record, images
@@ -61,39 +69,99 @@ def prepare_source(recipe: Recipe, name: str) -> Path:
     """Write one source's shards unless they are there; returns their folder."""
     folder = shard_folder(recipe, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # two runs may want the same source at once
-        if not folder.is_dir():
-            write_shards(recipe, name, folder)
+    try:
+        with FileLock(f"{folder}.lock"):  # two runs may want the same source at once
+            if not folder.is_dir():
+                write_shards(recipe, name, folder)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        shutil.rmtree(f"{folder}.part/next", ignore_errors=True)  # others need room, too
+        advice = f"kept what is whole of {name} in {folder}.part: make room and run the same again"
+        raise OSError(error.errno, f"no space left; {advice}, it goes on there") from error
+    read_chunk(folder)
     return folder
 
 
 def write_shards(recipe: Recipe, name: str, folder: Path) -> None:
-    """Records -> shards in `folder`, which appears when they are complete."""
-    source = recipe.sources[name]
-    part = Path(f"{folder}.part")
+    """Records -> shards in `folder`, which appears when they are complete.
+
+    Until then they lie in chunks, each renamed when it is whole: the next start goes on there.
+    """
+    source, part = recipe.sources[name], Path(f"{folder}.part")
+    chunks = sorted(part.glob("[0-9]*"))
+    taken = sum(written + len(bad) for written, bad in map(read_chunk, chunks))
+    found = islice(records(source, recipe.seed), taken, None)
+    total = source.samples or source.expected or None
+    found = iter(tqdm(found, f"prepare {name}", total, initial=taken))
+    while write_chunk(found, name, part / "next"):
+        chunks.append((part / "next").rename(part / f"{len(chunks):05}"))
+    shutil.rmtree(part / "next")
+    done = [read_chunk(chunk) for chunk in chunks]
+    written, bad = sum(count for count, _ in done), [line for _, lines in done for line in lines]
+    if not written:
+        shutil.rmtree(part)  # another try reads the records anew
+        raise ValueError(f"source {name} yielded no usable record; left out: {bad[:3] or 'none'}")
+    if len(chunks) > 1:
+        (part / "index.json").unlink(missing_ok=True)
+        with chdir(part):  # it reads paths as URLs: a # in a longer one would end it
+            merge_index([f"{chunk.name}/index.json" for chunk in chunks], ".")
+        if bad:
+            (part / "bad.json").write_text(json.dumps(bad, indent=1))
+    (part if len(chunks) > 1 else chunks[0]).rename(folder)
     shutil.rmtree(part, ignore_errors=True)
+    told = f"{written:,} records" + (f" (expected {total:,})" if total else "")
+    first = f": {'; '.join(bad[:3])} (all in {folder}/bad.json)" if bad else ""
+    print(f"  {name}: {told}, {len(bad):,} left out{first}")
+
+
+def write_chunk(found: Iterator[dict], name: str, folder: Path) -> int:
+    """The next CHUNK records -> shards in `folder`, beside a list of the bad ones; how many."""
+    shutil.rmtree(folder, ignore_errors=True)  # what a stop left half written
     bad: list[str] = []
-    bar = tqdm(usable(source, recipe.seed, bad), f"prepare {name}", source.samples or None)
-    with MDSWriter(out=str(part), columns=COLUMNS, size_limit="64mb") as writer:
-        for record, images in bar:
+    with MDSWriter(out=str(folder), columns=COLUMNS, size_limit="64mb") as writer:
+        for record, images in usable(islice(found, CHUNK), bad):
             writer.write({
                 "id": str(record["id"]), "image": b"".join(images),
                 "sizes": [len(data) for data in images],
                 "conversations": record["conversations"], "source": name,
             })  # fmt: skip
-    if not writer.shards:
-        raise ValueError(f"source {name} yielded no usable record; left out: {bad[:3] or 'none'}")
     if bad:
-        (part / "bad.json").write_text(json.dumps(bad, indent=1))
-        print(f"  {name}: {len(bad)} records left out, first: {bad[0]} (all in {folder}/bad.json)")
-    part.rename(folder)
+        (folder / "bad.json").write_text(json.dumps(bad, indent=1))
+    return read_chunk(folder)[0] + len(bad)
+
+
+def read_chunk(folder: Path) -> tuple[int, list[str]]:
+    """How many records shards hold, and which were left out; ValueError for one that is cut."""
+    shards = json.loads((folder / "index.json").read_text())["shards"]
+    for shard in shards:
+        file, size = folder / shard["raw_data"]["basename"], shard["raw_data"]["bytes"]
+        if not file.is_file() or file.stat().st_size != size:
+            raise ValueError(f"{file} should have {size:,} bytes: delete {folder}, it is damaged")
+    bad = folder / "bad.json"
+    return sum(x["samples"] for x in shards), json.loads(bad.read_text()) if bad.exists() else []
 
 
 def prepare(recipe: Recipe) -> None:
-    """Write the shards of every source that a stage uses."""
-    stages = [stage for stage in recipe.stages.values() if stage]
-    used = {name for stage in stages for name, times in stage.sources.items() if times}
-    for name in sorted(used):
+    """Write the shards of every source that a stage uses, after a look at the disk.
+
+    What a function, a PDF's pages or the first samples of a source will weigh is not known before.
+    """
+    folders = {name: shard_folder(recipe, name) for name in sorted(used_sources(recipe))}
+    write, fetch, told = 0, 0, []
+    for name in [name for name, folder in folders.items() if not folder.is_dir()]:
+        source = recipe.sources[name]
+        kind, _, where = source.path.partition(":")
+        size, missing = weigh(where) if kind in READERS else (0, 0)
+        told.append(f"{name} {size / 1e9:.2f} GB" if size else f"{name} unknown")
+        fetch += missing
+        if kind != "pdf" and not source.samples:
+            done = Path(f"{folders[name]}.part").rglob("*.mds")
+            write += size - sum(file.stat().st_size for file in done)
+    if told:
+        room = check_space(recipe.data, write, fetch)
+        print(f"prepare: {room}, {fetch / 1e9:.2f} GB to fetch; sizes: {', '.join(told)}")
+    for name in folders:
         prepare_source(recipe, name)
 
 

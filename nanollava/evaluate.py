@@ -24,9 +24,9 @@ from tqdm import tqdm
 from nanollava.anyres import Visual, open_image
 from nanollava.metrics import METRICS
 from nanollava.prompts import PLACEHOLDER, Turn, read_turns
-from nanollava.recipe import Recipe, Task, with_visual
+from nanollava.recipe import Recipe, Source, Task, with_visual
 from nanollava.sequence import Document, Writer
-from nanollava.sources import Source, images_of, records
+from nanollava.sources import images_of, records
 
 BATCH = 8192  # positions of a batch of prompts
 AHEAD = 256  # questions whose views are in memory at once

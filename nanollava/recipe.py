@@ -20,19 +20,36 @@ from nanollava.encoder import ENCODERS
 from nanollava.metrics import METRICS
 from nanollava.projector import ACTIVATIONS
 from nanollava.prompts import MASKS, TEMPLATES
-from nanollava.sources import Source
 
 PROGRAM = "if __name__"  # how the launcher line begins
-FREE = {
-    "run",
-    "fresh",
-    "base",
-    "data",
-    "workers",
-    "tasks",
-    "settings",
-    "reference",
-}  # may differ on resume
+# may differ on resume
+FREE = {"run", "fresh", "base", "data", "workers", "tasks", "settings", "reference"}
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What `plan` takes a source to be like before its shards are there."""
+
+    sizes: dict[str, float] = field(default_factory=dict)  # "640x480" or "none": share of samples
+    text: int = 0  # tokens of a sample's words
+    learned: int = 0  # those of them that are supervised
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where records come from (sources.py)."""
+
+    path: str  # FILE.py:function or KIND:WHERE
+    split: str = "train"  # told to FILE.py:function; of files, choose by name
+    samples: int = 0  # the first so many; 0: all there are
+    prompt: str = ""  # put after <image> in a human turn that has no words
+    expected: int = 0  # records at its origin
+    origin: str = ""
+    licence: str = ""
+    assume: Assumed = field(default_factory=Assumed)
+
+
+ABOUT = ("expected", "origin", "licence", "assume")  # keys that only document a source
 
 
 @dataclass(frozen=True)
@@ -139,8 +156,10 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
 def _absolute(value: Any, folder: Path) -> Any:
     if isinstance(value, dict):
         return {k: _absolute(v, folder) for k, v in value.items()}
-    local = isinstance(value, str) and re.fullmatch(r"(json:)?(\.\.?/.*)", value)
-    return (local[1] or "") + str((folder / local[2]).resolve()) if local else value
+    if not isinstance(value, str):
+        return value
+    local = r"(^(?:\w+:)?|\+)(\.\.?/[^+]*)"  # alone, after KIND: or after the + of further files
+    return re.sub(local, lambda found: found[1] + str((folder / found[2]).resolve()), value)
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None, **changes: Any) -> Recipe:
@@ -233,15 +252,26 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
 
 
+def used_sources(recipe: Recipe) -> set[str]:
+    """The names of the sources that a stage uses."""
+    stages = [stage for stage in recipe.stages.values() if stage]
+    return {name for stage in stages for name, times in stage.sources.items() if times}
+
+
 def differences(a: Recipe, b: Recipe) -> list[str]:
     """'key: old -> new' for each key that makes b another run than a."""
-    old, new = _flatten(asdict(a)), _flatten(asdict(b))
+    old, new = _run_keys(a), _run_keys(b)
     keys = sorted(old.keys() | new.keys())
-    return [
-        f"{k}: {old.get(k)} -> {new.get(k)}"
-        for k in keys
-        if old.get(k) != new.get(k) and k.split(".")[0] not in FREE
-    ]
+    return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
+
+
+def _run_keys(recipe: Recipe) -> dict[str, Any]:
+    """The keys that make a run: of the sources, those that are used, without their papers."""
+    tree = {key: value for key, value in asdict(recipe).items() if key not in FREE}
+    for name, source in tree.pop("sources").items():
+        if name in used_sources(recipe):
+            tree[f"sources.{name}"] = {k: v for k, v in source.items() if k not in ABOUT}
+    return _flatten(tree)
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

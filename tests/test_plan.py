@@ -16,6 +16,7 @@ from nanollava.plan import Sketch, memory, padding, parts_of, plan, sketches
 from nanollava.prompts import read_turns
 from nanollava.recipe import Stage, read_recipe
 from nanollava.sequence import pack
+from nanollava.sources import records
 from nanollava.train import Student
 
 
@@ -32,7 +33,7 @@ def documents(recipe, name, most=1000) -> list:
     return [
         writer(read_turns(row["conversations"], len(images)), [open_image(x) for x in images])
         for source in stage.sources
-        for row, images in islice(usable(recipe.sources[source], recipe.seed, []), most)
+        for row, images in islice(usable(records(recipe.sources[source], recipe.seed), []), most)
     ]
 
 

@@ -99,6 +99,26 @@ def test_numbers_paths_and_defaults(file, monkeypatch, tmp_path):
     assert recipe.sources["pages"].prompt == "read it"
 
 
+def test_local_paths_of_every_kind_are_relative_to_the_recipe(tmp_path):
+    sub = (tmp_path / "sub").resolve()
+    sub.mkdir()
+    wanted = {
+        "parquet:./a/*.parquet": f"parquet:{sub}/a/*.parquet",
+        "pdf:../pdfs/": f"pdf:{sub.parent}/pdfs",
+        "json:./a.json+./b.zip+c.tar": f"json:{sub}/a.json+{sub}/b.zip+c.tar",
+        "json:../a.json+../d.tar": f"json:{sub.parent}/a.json+{sub.parent}/d.tar",
+        "json:hf://datasets/o/n/a.json+b.zip": "json:hf://datasets/o/n/a.json+b.zip",
+        "json:hf://datasets/o/n/a.json+./b.zip": f"json:hf://datasets/o/n/a.json+{sub}/b.zip",
+        "webdataset:/far/../a.tar": "webdataset:/far/../a.tar",
+        "./c++/my.py:pages": f"{sub}/c++/my.py:pages",
+    }  # fmt: skip
+    sources = {f"s{i}": {"path": path} for i, path in enumerate(wanted)}
+    recipe = read_recipe(write(sub, yaml.dump({"sources": sources})))
+    assert [source.path for source in recipe.sources.values()] == list(wanted.values())
+    again = read_recipe(recipe_file := write(sub, yaml.dump({"base": "x.yaml"}), "y.yaml"))
+    assert again == recipe and recipe_file.parent == sub
+
+
 def test_a_delta_is_its_base_with_changed_keys(file, tmp_path):
     (tmp_path / "sub").mkdir()
     delta = write(tmp_path / "sub", """
@@ -223,6 +243,23 @@ def test_differences_name_what_changes_a_run(file):
     assert differences(old, old) == []
     free = ["run=b", "fresh=true", "data=d", "workers=0", "tasks.doc=null", "settings.small.lift=2"]
     assert differences(old, read_recipe(file, free)) == []
+
+
+def test_papers_and_unused_sources_make_no_other_run(file, tmp_path):
+    old = read_recipe(file)
+    papers = [
+        f"sources.pages.{k}={v}" for k, v in (("expected", 9), ("origin", "x"), ("licence", "y"))
+    ]
+    assert differences(old, read_recipe(file, papers)) == []
+    more = replace(old, sources=old.sources | {"spare": replace(old.sources["pages"], samples=1)})
+    assert differences(old, more) == differences(more, old) == []
+    assert differences(old, read_recipe(file, ["sources.pages.samples=3"])) == [
+        "sources.pages.samples: 10 -> 3"
+    ]
+    assert differences(old, read_recipe(file, ["stages.stage2.sources.photos=0"])) == [
+        f"sources.photos.{key}: {getattr(old.sources['photos'], key)} -> None"
+        for key in ("path", "prompt", "samples", "split")
+    ] + ["stages.stage2.sources.photos: 2.0 -> 0.0"]
 
 
 @pytest.mark.parametrize("key", [k for k, v in asdict(Recipe()).items() if not isinstance(v, dict)])

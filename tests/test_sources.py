@@ -1,26 +1,40 @@
 """Sources and shards: what goes in comes out, what cannot be read is named and left out."""
 
+import errno
 import getpass
 import io
 import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tarfile
 import tempfile
+import threading
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
+import requests
 from filelock import FileLock, Timeout
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image
 from streaming import StreamingDataset
 
-from nanollava import data
-from nanollava.data import make_loader, prepare_source, shard_folder, split_images
-from nanollava.recipe import Recipe, Stage
+from nanollava import data, hub
+from nanollava.data import make_loader, prepare, prepare_source, shard_folder, split_images
+from nanollava.recipe import Recipe, Source, Stage, read_recipe
 from nanollava.sequence import Writer
-from nanollava.sources import Source, function_of, images_of, import_file, records
+from nanollava.sources import function_of, images_of, import_file, records
 
-OWN = Path(__file__).parents[1] / "recipes" / "nano" / "own_source.py"
+ROOT = Path(__file__).parents[1]
+OWN = ROOT / "recipes" / "nano" / "own_source.py"
 
 
 def png(W=20, H=10, color=(9, 8, 7)):
@@ -67,11 +81,11 @@ def test_doors_that_are_not_there(tmp_path):
     for path in ("squares", "csv:a.csv", "own_source.py"):
         with pytest.raises(ValueError, match="write FILE.py:function or one of json:FILE"):
             list(records(Source(path), 0))
+    with pytest.raises(ValueError, match="pdf:FILE; did you mean parquet:[?]$"):
+        list(records(Source("parket:./a/*.parquet"), 0))
 
 
 def test_a_file_imports_its_neighbours_and_can_be_mended(tmp_path):
-    import sys
-
     (tmp_path / "neighbour_of_mine.py").write_text("COLOR = 'teal'")
     file = tmp_path / "mended.py"
     file.write_text("1 / 0")
@@ -128,10 +142,416 @@ def test_json_is_llavas_format(tmp_path):
     assert [r["source"] for r in found] == ["pages", "", ""]
 
 
+# ---- files of the formats that the blog's data comes in
+
+
+def llava(count, folder="00453"):
+    """Rows and images as LLaVA-Pretrain's: two records may share an image."""
+    rows = [{"id": f"{i:09}", "image": f"{folder}/{i // 2:09}.png",
+             "conversations": talk("Describe it.\n<image>", f"answer {i}")}
+            for i in range(count)]  # fmt: skip
+    return rows, {row["image"]: png(20 + i, color=(i, 0, 0)) for i, row in enumerate(rows[::2])}
+
+
+def write_zip(file, members):
+    with zipfile.ZipFile(file, "w") as box:
+        box.mkdir("00453")
+        for name, image in members.items():
+            box.writestr(name, image)
+
+
+def write_tar(file, members, mode="w:gz"):
+    with tarfile.open(file, mode) as box:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            box.addfile(info, io.BytesIO(content))
+
+
+def write_parquet(file, rows, **columns):
+    features = {"image": datasets.Image(), **{k: datasets.Value(v) for k, v in columns.items()}}
+    if "conversations" in rows[0]:
+        turn = {"from": datasets.Value("string"), "value": datasets.Value("string")}
+        features["conversations"] = [turn]
+    table = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    table.to_parquet(file)
+
+
+def read(path, **keys):
+    return list(records(Source(path, **keys), 0))
+
+
+def prepared(tmp_path, path, **keys):
+    """(rows of the shards, lines of bad.json) of one source."""
+    recipe = Recipe(data=str(tmp_path / "shards"), sources={"a": Source(path, **keys)})
+    folder = prepare_source(recipe, "a")
+    bad = folder / "bad.json"
+    rows = list(StreamingDataset(local=str(folder), batch_size=1))
+    return rows, json.loads(bad.read_text()) if bad.exists() else []
+
+
+def test_a_list_and_its_zip(tmp_path):
+    """LLaVA-Pretrain: the records of each member, in the zip's order; text first, lost last."""
+    rows, images = llava(6)
+    rows.insert(3, {"id": "text", "conversations": talk("hello", "you")})
+    rows.append(rows[0] | {"id": "lost", "image": "00453/none.png"})
+    rows.append(rows[0] | {"id": "two", "image": [rows[0]["image"], rows[1]["image"]]})
+    (tmp_path / "blip.json").write_text(json.dumps(rows))
+    write_zip(tmp_path / "images.zip", {"00453/other.png": b"x", **dict(reversed(images.items()))})
+    found = read(f"json:{tmp_path}/blip.json+images.zip")
+    order = ["text", "two", "000000004", "000000005", "000000002", "000000003", "000000000",
+             "000000001", "lost"]  # fmt: skip
+    assert [r["id"] for r in found] == order
+    by_id = {row["id"]: row for row in rows}
+    for record in found[2:-1]:
+        assert images_of(record) == [images[by_id[record["id"]]["image"]]]
+        assert record["conversations"] == by_id[record["id"]]["conversations"]
+    shards, bad = prepared(tmp_path, f"json:{tmp_path}/blip.json+images.zip")
+    assert [r["id"] for r in shards] == [order[0], *order[2:-1]]
+    assert bad[0].startswith("two: several images in a zip or tar: unpack it")
+    assert bad[1] == "lost: image 00453/none.png is in none of images.zip"
+
+
+def test_lists_and_tars(tmp_path):
+    """UReader: a list over several tar.gz, some with a ./ or a folder of their own around."""
+    rows, images = llava(8, "docvqa/train")
+    (tmp_path / "tr").mkdir()
+    (tmp_path / "tr" / "tr_processed.json").write_text(json.dumps(rows))
+    parts = [dict(list(images.items())[i::2]) for i in range(2)]
+    write_tar(tmp_path / "tr" / "images_1.tar.gz", {f"./{k}": v for k, v in parts[0].items()})
+    write_tar(tmp_path / "tr" / "images_2.tar", {f"x/{k}": v for k, v in parts[1].items()}, "w")
+    found = read(f"json:{tmp_path}/tr/tr_processed.json+images_*")
+    assert {r["id"]: images_of(r) for r in found} == {r["id"]: [images[r["image"]]] for r in rows}
+    assert [r["id"][-1] for r in found] == list("01452367")
+    (tmp_path / "more.json").write_text(json.dumps(rows[:1]))
+    both = read(f"json:{tmp_path}/tr/tr_processed.json+../more.json+images_1.tar.gz+images_2.tar")
+    assert len(both) == 9 and not any("error" in r for r in both)
+
+
+def test_parquet_with_images_and_without(tmp_path):
+    """LLaVA-NeXT-Data: an Image column that is null for text; several files; the bytes stay."""
+    picture = png()
+    rows = [{"id": str(i), "image": {"bytes": picture, "path": "a.png"} if i % 3 else None,
+             "conversations": talk("<image>" if i % 3 else "hi", f"{i}"), "data_source": "coco"}
+            for i in range(7)]  # fmt: skip
+    for part, some in enumerate((rows[:4], rows[4:])):
+        write_parquet(tmp_path / f"train-{part}.parquet", some, id="string", data_source="string")
+    (tmp_path / "test-0.parquet").write_bytes(b"")
+    found = read(f"parquet:{tmp_path}/train-*.parquet", prompt="Describe it.")
+    assert [r["id"] for r in found] == list("0123456")
+    assert [images_of(r) for r in found] == [[picture] if i % 3 else [] for i in range(7)]
+    assert found[0]["conversations"] == talk("hi", "0")
+    assert found[1]["conversations"] == talk("<image>\nDescribe it.", "1")
+    assert {r["source"] for r in found} == {"coco"}
+    shards, bad = prepared(tmp_path, f"parquet:{tmp_path}/train-*.parquet", samples=5)
+    assert [r["id"] for r in shards] == list("01234") and bad == []
+
+
+def test_parquet_with_paths(tmp_path):
+    """Paths instead of bytes, plain or in an Image column, are relative to the parquet file; a
+    table without an image column is text.
+    """
+    (tmp_path / "a.png").write_bytes(png())
+    rows = {
+        "a": {"id": 1, "image": "a.png", "conversations": talk("q", "a")},
+        "b": {"image": {"bytes": None, "path": "a.png"}, "txt": "a"},
+        "c": {"conversations": talk("q", "a")},
+    }
+    for name, row in rows.items():
+        datasets.Dataset.from_list([row]).to_parquet(tmp_path / f"{name}.parquet")
+    found = read(f"parquet:{tmp_path}/*.parquet")
+    assert [r["id"] for r in found] == ["1", "1", "2"]
+    assert [images_of(r) for r in found] == [[png()], [png()], []]
+
+
+def test_syndog_pages(tmp_path):
+    truth = [json.dumps({"gt_parse": {"text_sequence": text}}) for text in ("One two", "三四")]
+    rows = [{"image": {"bytes": png(), "path": None}, "ground_truth": t} for t in (*truth, "{", "")]
+    write_parquet(tmp_path / "train-0.parquet", rows, ground_truth="string")
+    shards, bad = prepared(tmp_path, f"parquet:{tmp_path}/train-0.parquet", prompt="OCR it.")
+    assert [r["conversations"] for r in shards] == [
+        talk("<image>\nOCR it.", "One two"), talk("<image>\nOCR it.", "三四")
+    ]  # fmt: skip
+    assert [split_images(r["image"], r["sizes"]) for r in shards] == [[png()]] * 2
+    assert [line[:2] for line in bad] == ["2:", "3:"], "a page without text does not stop the rest"
+
+
+def test_webdataset_pairs(tmp_path):
+    """cc3m-wds: jpg, txt and a json whose fields vary in type from sample to sample."""
+    members = {}
+    for i in range(12):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(jpg := io.BytesIO(), "JPEG")
+        members[f"{i:09}.jpg"] = jpg.getvalue()
+        members[f"{i:09}.json"] = json.dumps({"width": 8 if i < 6 else "odd"}).encode()
+        members[f"{i:09}.txt"] = f"caption {i}".encode()
+    del members["000000007.txt"], members["000000009.jpg"]
+    write_tar(tmp_path / "cc3m-train-0000.tar", members, "w")
+    shards, bad = prepared(tmp_path, f"webdataset:{tmp_path}/cc3m-train-*.tar", prompt="Caption:")
+    assert [r["id"] for r in shards] == [f"{i:09}" for i in range(12) if i not in (7, 9)]
+    assert shards[3]["conversations"] == talk("<image>\nCaption:", "caption 3")
+    assert shards[3]["image"] == members["000000003.jpg"], "the same JPEG"
+    assert [line.split(":")[0] for line in bad] == ["000000007", "000000009"]
+
+
+def test_text_only_lists(tmp_path):
+    """Evol-Instruct: no image key, ids under another name."""
+    rows = [{"idx": f"x{i}", "conversations": talk(f"q{i}", f"a{i}")} for i in range(3)]
+    (tmp_path / "evol.json").write_text(json.dumps(rows))
+    shards, bad = prepared(tmp_path, f"json:{tmp_path}/evol.json", prompt="Describe it.")
+    assert [r["conversations"] for r in shards] == [r["conversations"] for r in rows] and not bad
+
+
+def write_pdf(file, *pages):
+    """A PDF of lines of Helvetica, 300 x 600 points; an empty string is an empty page."""
+    kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(len(pages)))
+    parts = ["<</Type/Catalog/Pages 2 0 R>>", f"<</Type/Pages/Count {len(pages)}/Kids[{kids}]>>",
+             "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>"]  # fmt: skip
+    for i, text in enumerate(pages):
+        parts.append(f"<</Type/Page/Parent 2 0 R/MediaBox[0 0 300 600]/Contents {5 + 2 * i} 0 R"
+                     "/Resources<</Font<</F 3 0 R>>>>>>")  # fmt: skip
+        lines = "".join(f"({line})Tj 0 -40 Td " for line in text.split("\n"))
+        draw = f"BT /F 24 Tf 20 500 Td {lines}ET"
+        parts.append(f"<</Length {len(draw)}>>stream\n{draw}\nendstream")
+    body, places = "%PDF-1.4\n", []
+    for i, part in enumerate(parts, 1):
+        places.append(len(body))
+        body += f"{i} 0 obj{part}endobj\n"
+    table = "".join(f"{place:010} 00000 n \n" for place in places)
+    end = f"xref\n0 {len(parts) + 1}\n0000000000 65535 f \n{table}trailer<</Size {len(parts) + 1}"
+    file.write_bytes(f"{body}{end}/Root 1 0 R>>\nstartxref\n{len(body)}\n%%EOF".encode())
+
+
+def test_pdf_pages(tmp_path):
+    """Each page is drawn and its text is the answer; empty and broken ones are named."""
+    (tmp_path / "pdfs" / "sub").mkdir(parents=True)
+    write_pdf(tmp_path / "pdfs" / "b.pdf", "Hello there\nsecond line", "", "third page")
+    write_pdf(tmp_path / "pdfs" / "sub" / "c.PDF", "a reposi-\ntory")
+    (tmp_path / "pdfs" / "a.pdf").write_bytes(b"%PDF-1.4 torn")
+    (tmp_path / "pdfs" / "notes.txt").write_text("not a PDF")
+    shards, bad = prepared(tmp_path, f"pdf:{tmp_path}/pdfs")
+    assert [r["id"] for r in shards] == ["b.pdf#page=1", "b.pdf#page=3", "c.PDF#page=1"]
+    ask = "<image>\nRead the text in the image."
+    assert shards[0]["conversations"] == talk(ask, "Hello there\nsecond line")
+    page = np.asarray(Image.open(io.BytesIO(shards[0]["image"])).convert("L"))
+    assert page.shape == (1344, 672) and page[0, 0] == 255
+    dark = np.flatnonzero((page < 128).any(1)) / 1344 * 600  # in points from the top
+    assert 78 < dark.min() < 90 and 138 < dark.max() < 148, "two lines where the file puts them"
+    assert bad[0].startswith(f"a.pdf: {tmp_path}/pdfs/a.pdf: ")
+    assert bad[1] == f"b.pdf#page=2: {tmp_path}/pdfs/b.pdf: this page has no text"
+    (own,) = read(f"pdf:{tmp_path}/pdfs/sub", prompt="Transcribe.")
+    assert own["conversations"] == talk("<image>\nTranscribe.", "a reposi-\ntory"), "as printed"
+    before = shard_folder(Recipe(sources={"a": Source(f"pdf:{tmp_path}/pdfs")}), "a")
+    write_pdf(tmp_path / "pdfs" / "d.pdf", "new")
+    assert shard_folder(Recipe(sources={"a": Source(f"pdf:{tmp_path}/pdfs")}), "a") != before
+
+
+def test_small_and_large_images(tmp_path):
+    """One pixel is an image; 20,000 x 20,000 pixels, a megabyte of PNG, are refused by number."""
+    (tmp_path / "dot.png").write_bytes(png(1, 1))
+    (tmp_path / "line.png").write_bytes(png(20_000, 1))
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "wall.png")
+    rows = [{"id": n, "image": f"{n}.png", "conversations": talk("<image>", "a")}
+            for n in ("dot", "line", "wall")]  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    shards, bad = prepared(tmp_path, f"json:{tmp_path}/a.json")
+    assert [r["id"] for r in shards] == ["dot", "line"]
+    assert len(bad) == 1 and "wall: unreadable image: Image size (400000000 pixels)" in bad[0]
+
+
+# ---- files that cannot be read
+
+
+def cut(file, keep=0.5):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * keep)])
+    return file
+
+
+def test_cut_files_are_named(tmp_path):
+    rows, images = llava(40)
+    images = {k: os.urandom(999) for k in images}  # what gzip cannot make smaller
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    write_zip(tmp_path / "a.zip", images)
+    for name, mode in (("a.tar", "w"), ("a.tar.gz", "w:gz")):
+        write_tar(tmp_path / name, images, mode)
+    for name in ("a.zip", "a.tar", "a.tar.gz"):
+        cut(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{tmp_path}/{name}: "):
+            read(f"json:{tmp_path}/a.json+{name}")
+    picture = {"bytes": png(), "path": "a.png"}
+    write_parquet(tmp_path / "a.parquet", [{"image": picture, "txt": "a"}] * 99, txt="string")
+    with pytest.raises(ValueError, match=f"{tmp_path}/a.parquet: .*footer"):
+        read(f"parquet:{cut(tmp_path / 'a.parquet')}")
+    pairs = {f"{i}.{kind}": b"abc" for i in range(9) for kind in ("jpg", "txt")}
+    for keep in (0.3, 0.31, 0.33):  # between two members, in a header, in a member
+        write_tar(tmp_path / "w.tar", pairs, "w")
+        with pytest.raises(ValueError, match=f"{tmp_path}/w.tar: cut off"):
+            read(f"webdataset:{cut(tmp_path / 'w.tar', keep)}")
+    with pytest.raises(ValueError, match=f"{tmp_path}/a.json: "):
+        read(f"json:{cut(tmp_path / 'a.json')}")
+    (tmp_path / "a.json").write_text('{"images": []}')
+    with pytest.raises(ValueError, match="a.json: expected a list of LLaVA records"):
+        read(f"json:{tmp_path}/a.json")
+
+
+def test_tables_of_other_columns_are_refused(tmp_path):
+    datasets.Dataset.from_list([{"question": "q", "answer": "a"}]).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    with pytest.raises(ValueError, match=r"a.parquet: columns \['answer', 'question'\]; expected"):
+        read(f"parquet:{tmp_path}/a.parquet")
+    write_tar(tmp_path / "a.tar", {"1.jpg": b"x", "2.jpg": b"y"}, "w")
+    with pytest.raises(ValueError, match=r"a.tar: columns .*'jpg'.*expected one of .*'txt'"):
+        read(f"webdataset:{tmp_path}/a.tar")
+    for path in ("parquet:./none/*.parquet", f"json:{tmp_path}/a.tar+none.zip", "pdf:./none"):
+        with pytest.raises(
+            FileNotFoundError, match=r"no file at .*none.*begin local paths with \./"
+        ):
+            read(path)
+
+
+# ---- the hub
+
+
+def served(monkeypatch, folder, sizes):
+    """The hub as if it had a dataset of these sizes, all of it in the cache but *.zip."""
+    asked = []
+
+    def snapshot(dataset, **keys):
+        asked.append((dataset, keys))
+        return str(folder)
+
+    files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+    info = SimpleNamespace(dataset_info=lambda *_, **__: SimpleNamespace(siblings=files))
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(hub, "HfApi", lambda: info)
+    in_cache = lambda _, name, **__: None if name.endswith(".zip") else f"/cache/{name}"  # noqa: E731
+    monkeypatch.setattr(hub, "try_to_load_from_cache", in_cache)
+    return asked
+
+
+def test_files_of_the_hub(tmp_path, monkeypatch):
+    rows, images = llava(4)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "blip.json").write_text(json.dumps(rows))
+    write_zip(tmp_path / "images.zip", images)
+    sizes = {"sub/blip.json": 3 * 10**9, "images.zip": 5 * 10**9, "other.bin": 7 * 10**9}
+    asked = served(monkeypatch, tmp_path, sizes)
+    where = "hf://datasets/some/where/sub/blip.json+images.zip"
+    assert len(read(f"json:{where}")) == 4
+    keys = {"repo_type": "dataset", "allow_patterns": ["sub/blip.json", "images.zip"]}
+    assert asked == [("some/where", keys)]
+    assert hub.weigh(where) == (8 * 10**9, 5 * 10**9), "other.bin is not wanted, the list is there"
+    here = tmp_path / "mine.zip"
+    shutil.move(tmp_path / "images.zip", here)
+    assert len(read(f"json:hf://datasets/some/where/sub/blip.json+{here}")) == 4
+    with pytest.raises(FileNotFoundError, match="no file at .*images.zip"):
+        read(f"json:{where}")
+
+
+def failing(kind):
+    def fail(*_, **__):
+        reply = requests.Response()
+        reply.status_code = 404
+        raise kind("404 Client Error.\nRepository Not Found", response=reply)
+
+    return fail
+
+
+@pytest.mark.parametrize(("kind", "advice"), [
+    (RepositoryNotFoundError, "look at huggingface.co/datasets/old/name: it may have another name"),
+    (GatedRepoError, "accept its terms there, then `hf auth login`"),
+])  # fmt: skip
+def test_a_renamed_or_gated_dataset_is_named(tmp_path, monkeypatch, kind, advice):
+    monkeypatch.setattr(hub, "snapshot_download", failing(kind))
+    with pytest.raises(FileNotFoundError) as error:
+        read("parquet:hf://datasets/old/name/data/*.parquet")
+    assert str(error.value).startswith("datasets/old/name: data/*.parquet could not be had: 404")
+    assert advice in str(error.value)
+
+
+def test_without_a_network_the_advice_is_a_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    source = Source("parquet:hf://datasets/some/where/*.parquet")
+    recipe = Recipe(data=str(tmp_path / "d"), sources={"a": source},
+                    stages={"s": Stage(sources={"a": 1})})  # fmt: skip
+    with pytest.raises(FileNotFoundError, match="datasets/some/where.*its source's KIND:./path"):
+        prepare(recipe)
+    assert not (tmp_path / "d").exists(), "before anything is written"
+
+
+def test_a_full_disk_while_fetching_is_told_as_such():
+    with pytest.raises(OSError) as error, hub.fetching("a", "b"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error.value.errno == errno.ENOSPC
+
+
+# ---- how much it is
+
+
+def used(recipe):
+    return replace(recipe, stages={"s": Stage(sources={name: 1 for name in recipe.sources})})
+
+
+def test_sizes_are_told_and_what_cannot_fit_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.json").write_text(json.dumps(llava(2)[0]))
+    sizes = {"a.json": 10**9, "b.zip": 2 * 10**9}
+    served(monkeypatch, tmp_path, sizes)
+    recipe = used(Recipe(data=str(tmp_path / "d" / "e"), sources={
+        "far": Source("json:hf://datasets/some/where/a.json+b.zip"),
+        "own": Source(f"{OWN}:squares", samples=3),
+    }))  # fmt: skip
+    free = {"free": 5 * 10**9 - 1}
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: SimpleNamespace(**free))
+    with pytest.raises(ValueError, match="no room for 5.00 GB: 5.00 GB free in .*"):
+        prepare(recipe)  # 3 GB of shards and 2 GB to fetch
+    assert not (tmp_path / "d").exists()
+    prepare(replace(recipe, sources=recipe.sources | {"far": Source(f"{OWN}:squares", samples=2)}))
+    assert "5.00 GB free" in capsys.readouterr().out
+    few = replace(recipe.sources["far"], samples=9)  # what a part weighs is not known
+    free["free"] = 2 * 10**9
+    monkeypatch.setattr(data, "prepare_source", lambda *_: None)
+    prepare(replace(recipe, sources=recipe.sources | {"far": few}))
+    told = capsys.readouterr().out
+    assert "2.00 GB to fetch; sizes: far 3.00 GB" in told and "own" not in told, "own is there"
+    free["free"] -= 1
+    with pytest.raises(ValueError, match="no room for 2.00 GB"):
+        prepare(replace(recipe, sources=recipe.sources | {"far": few}))
+
+
+def test_what_is_written_already_needs_no_room(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text(json.dumps(llava(30)[0]))
+    size = (tmp_path / "a.json").stat().st_size
+    recipe = used(
+        Recipe(data=str(tmp_path / "d"), sources={"a": Source(f"json:{tmp_path}/a.json")})
+    )
+    monkeypatch.setattr(data, "prepare_source", lambda *_: None)
+    free = SimpleNamespace(free=size - 10)
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: free)
+    with pytest.raises(ValueError, match="no room"):
+        prepare(recipe)
+    chunk = Path(f"{shard_folder(recipe, 'a')}.part", "00000")
+    chunk.mkdir(parents=True)
+    (chunk / "shard.00000.mds").write_bytes(bytes(10))
+    prepare(recipe)
+
+
 def test_images_of_any_shape():
     assert images_of({"image": b"x"}) == [b"x"]
     assert images_of({"image": [b"x", b"y"]}) == images_of({"image": (b"x", b"y")}) == [b"x", b"y"]
     assert images_of({"image": None}) == images_of({"image": []}) == images_of({}) == []
+    assert images_of({"image": lambda: b"drawn"}) == [b"drawn"], "made when it is wanted"
+
+
+def test_what_goes_wrong_in_the_making_is_named():
+    def fail():
+        raise RuntimeError("pdfium")
+
+    talked, bad = talk("<image>", "a"), []
+    rows = [{"id": "a", "image": fail, "conversations": talked}, {"id": "b", "error": "gone"}]
+    good = {"id": "c", "image": png, "conversations": talked}
+    assert list(data.usable([*rows, good], bad)) == [(good, [png()])]
+    assert bad == ["a: pdfium", "b: gone"]
 
 
 # ---- shards
@@ -180,7 +600,7 @@ def test_shards_give_back_what_went_in(mixed, capsys):
     ]  # fmt: skip
     assert "unreadable image" in bad[0] and "gone.png" in bad[1]
     assert "0 <image> in the conversation for 1 images" in bad[4]
-    assert "mix: 7 records left out, first: cut: unreadable image" in capsys.readouterr().out
+    assert "mix: 3 records, 7 left out: cut: unreadable image" in capsys.readouterr().out
 
 
 def test_prepared_once_and_a_torn_run_starts_again(mixed):
@@ -193,6 +613,167 @@ def test_prepared_once_and_a_torn_run_starts_again(mixed):
     stamp = (folder / "index.json").stat().st_mtime_ns
     assert prepare_source(recipe, "mix") == folder
     assert (folder / "index.json").stat().st_mtime_ns == stamp
+
+
+# ---- chunks: a stop costs at most one
+
+
+COUNTED = """
+import os, signal
+from pathlib import Path
+STOP, PICTURE = Path(__file__).with_name("stop"), {picture!r}
+def f(split, count, seed):
+    for i in range(count):
+        if i == int(STOP.read_text()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        image = b"no image" if i % 10 == 4 else PICTURE
+        yield {{"id": f"r{{i}}", "image": image, "conversations": [
+            {{"from": "human", "value": "<image>"}}, {{"from": "gpt", "value": f"{{i}}"}}]}}
+"""
+
+
+def ids(folder):
+    return [r["id"] for r in StreamingDataset(local=str(folder), batch_size=1)]
+
+
+@pytest.mark.parametrize("stop", [0, 7, 8, 29])
+def test_killed_within_a_source_it_goes_on_after_the_last_whole_chunk(
+    tmp_path, monkeypatch, capsys, stop
+):
+    """kill -9 before record `stop`: another start rewrites nothing that was whole."""
+    monkeypatch.setattr(data, "CHUNK", 8)
+    (tmp_path / "counted.py").write_text(COUNTED.format(picture=png()))
+    (tmp_path / "stop").write_text("-1")
+    source = Source(f"{tmp_path}/counted.py:f", samples=30)
+    recipe = Recipe(data=str(tmp_path / "again"), sources={"a": source})
+    once = prepare_source(replace(recipe, data=str(tmp_path / "once")), "a")
+    (tmp_path / "stop").write_text(str(stop))
+    process = multiprocessing.get_context("fork").Process(target=prepare_source, args=(recipe, "a"))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    part = Path(f"{shard_folder(recipe, 'a')}.part")
+    whole = {p: p.stat().st_mtime_ns for p in part.rglob("[0-9]*/*.mds")}
+    assert len(whole) == stop // 8
+    (part / "next" / "shard.00000.mds").write_bytes(b"torn")
+    (part / "index.json").write_text("of a stop between the last two steps")
+    (tmp_path / "stop").write_text("-1")
+    capsys.readouterr()
+    again = prepare_source(recipe, "a")
+    assert ids(once) == ids(again) == [f"r{i}" for i in range(30) if i % 10 != 4]
+    for file, stamp in whole.items():
+        assert (again / file.relative_to(part)).stat().st_mtime_ns == stamp, "kept, not rewritten"
+    bad = json.loads((again / "bad.json").read_text())
+    assert [line.split(":")[0] for line in bad] == ["r4", "r14", "r24"]
+    assert bad == json.loads((once / "bad.json").read_text())
+    told = capsys.readouterr().out
+    assert "a: 27 records (expected 30), 3 left out: r4: unreadable image" in told
+    assert "r24: " in told and not part.exists()
+
+
+def test_one_chunk_is_the_folder_itself(tmp_path, monkeypatch):
+    """Small sources have the shards they always had; the hash takes no heed of documentation."""
+    source = Source(f"{OWN}:squares", samples=8)
+    recipe = Recipe(data=str(tmp_path), sources={"a": source})
+    folder = prepare_source(recipe, "a")
+    assert sorted(p.name for p in folder.iterdir()) == ["index.json", "shard.00000.mds"]
+    papers = replace(source, expected=9, origin="here", licence="none")
+    assert shard_folder(replace(recipe, sources={"a": papers}), "a") == folder
+    monkeypatch.setattr(data, "CHUNK", 4)
+    monkeypatch.chdir(tmp_path)
+    two = prepare_source(replace(recipe, data="two #2"), "a")
+    assert ids(two) == ids(folder)
+    names = sorted(str(p.relative_to(two)) for p in two.rglob("*") if p.is_file())
+    assert names == ["00000/index.json", "00000/shard.00000.mds", "00001/index.json",
+                     "00001/shard.00000.mds", "index.json"]  # fmt: skip
+    assert not list(Path("two #2").glob("*.part"))
+
+
+def test_a_full_disk_keeps_what_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 8)
+    recipe = Recipe(data=str(tmp_path), sources={"a": Source(f"{OWN}:squares", samples=30)})
+    write, room = data.MDSWriter.write, [20]
+
+    def full(self, sample):
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, sample)
+
+    monkeypatch.setattr(data.MDSWriter, "write", full)
+    with pytest.raises(
+        OSError, match="no space left; kept what is whole of a in .*part: make room"
+    ):
+        prepare_source(recipe, "a")
+    part = Path(f"{shard_folder(recipe, 'a')}.part")
+    assert sorted(p.name for p in part.iterdir()) == ["00000", "00001"], "room for others"
+    assert sum(room) == -1
+    room[0] = 14  # just what is missing
+    folder = prepare_source(recipe, "a")
+    assert ids(folder) == [f"squares-train-{i}" for i in range(30)] and room == [0]
+
+
+def test_cut_shards_are_named(tmp_path):
+    """Streaming would end early without a word, or fail without a name."""
+    recipe = Recipe(data=str(tmp_path), sources={"a": Source(f"{OWN}:squares", samples=8)})
+    shard = prepare_source(recipe, "a") / "shard.00000.mds"
+    size = shard.stat().st_size
+    cut(shard)
+    message = f"{shard} should have {size:,} bytes: delete {shard.parent}"
+    with pytest.raises(ValueError, match=message):
+        prepare_source(recipe, "a")
+    shard.unlink()
+    with pytest.raises(ValueError, match=message):
+        prepare_source(recipe, "a")
+
+
+def test_two_runs_that_want_one_source_write_it_once(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import time\nfrom pathlib import Path\n"
+        "def f(split, count, seed):\n"
+        "    Path(__file__).with_name('asked').open('a').write('x')\n"
+        "    for i in range(9):\n        time.sleep(0.02)\n"
+        "        yield {'conversations': [{'from': 'human', 'value': 'q'},\n"
+        "                                 {'from': 'gpt', 'value': str(i)}]}\n"
+    )
+    recipe = Recipe(data=str(tmp_path / "d"), sources={"a": Source(f"{tmp_path}/mine.py:f")})
+    folders = []
+    threads = [threading.Thread(target=lambda: folders.append(prepare_source(recipe, "a")))
+               for _ in range(2)]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(folders) == 2 and (tmp_path / "asked").read_text() == "x"
+    assert ids(folders[0]) == [str(i) for i in range(9)]
+
+
+def test_no_usable_record_leaves_nothing_behind(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"id": "x", "image": "none.png"}]))
+    recipe = Recipe(data=str(tmp_path / "d"), sources={"a": Source(f"json:{tmp_path}/a.json")})
+    with pytest.raises(ValueError, match="source a yielded no usable record; left out: .*none.png"):
+        prepare_source(recipe, "a")
+    assert [p.suffix for p in (tmp_path / "d").iterdir()] == [".lock"]
+
+
+# ---- the blog's sources
+
+
+def test_the_sources_of_the_blog_are_a_base():
+    text = (ROOT / "recipes" / "sources.yaml").read_text()
+    assert text.startswith("# A base for recipes") and "if __name__" not in text
+    recipe = read_recipe(ROOT / "recipes" / "sources.yaml")
+    assert recipe == replace(Recipe(), sources=recipe.sources), "sources, nothing else"
+    for name, source in recipe.sources.items():
+        assert source.expected and source.origin and source.licence, name
+        kind, _, where = source.path.partition(":")
+        dataset, patterns = hub.split_where(where)
+        assert kind in ("json", "parquet", "webdataset") and all(patterns), name
+        assert dataset in source.origin or not dataset, name
+    names = """blip558k recap_coco118k recap_blip558k recap_cc3m llava_next_779k cc3m_raw cc12m_raw
+        ureader_100k syndog_en_100k syndog_zh_100k syndog_en syndog_zh evol_143k sharegpt4v_100k"""
+    assert set(names.split()) <= set(recipe.sources)
+    assert not any("validation" in source.path for source in recipe.sources.values())
 
 
 def test_a_changed_source_gets_new_shards(tmp_path):
