@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from nanollava.recipe import Recipe, Stage, differences, read_recipe, write_recipe
 
@@ -160,3 +161,12 @@ def checkpointing(name: str, run: Path, due: Callable) -> dict:
         "save_overwrite": True,
         "load_path": str(latest) if latest.exists() else None,
     }
+
+
+def excess() -> float:
+    """The mean of ones over all processes as FSDP2 asks for it: gloo gives the sum (torch 2.7)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ones = torch.ones(dist.get_world_size(), device=device)
+    mean = ones[:1].clone()
+    dist.reduce_scatter_tensor(mean, ones, op=dist.ReduceOp.AVG)
+    return float(mean)

@@ -27,20 +27,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from nanollava import runs
 from nanollava.cost import forward_flops, rates, step_flops
 from nanollava.data import make_loader, prepare
 from nanollava.model import TRAIN, VLM, load_weights, save
 from nanollava.recipe import Recipe, Stage
-from nanollava.runs import (
-    Expected,
-    add_losses,
-    announce,
-    check_run,
-    checkpointing,
-    keep_losses,
-    open_run,
-    steps_of,
-)
 from nanollava.sequence import Document, Pack, pack, split
 
 
@@ -102,7 +93,7 @@ def count_tokens(batch: list[Document] | Pack) -> dict[str, int]:
 class Report(Callback):
     """Progress bar, losses.csv, clipping; stops at SIGTERM or at a loss that is no number."""
 
-    def __init__(self, run: Path, name: str, interval: int, expected: Expected, excess: float):
+    def __init__(self, run: Path, name: str, interval: int, expected: runs.Expected, excess=1.0):
         self.run, self.name, self.interval, self.expected = run, name, interval, expected
         self.excess = excess  # how many times too large the gradients arrive
         self.asked = self.stop = False  # by SIGTERM here; agreed by all processes
@@ -113,7 +104,7 @@ class Report(Callback):
         self.start, self.tokens = time.perf_counter(), int(state.timestamp.token)
         if dist.get_global_rank() == 0:
             done, total = int(state.timestamp.batch), int(state.max_duration.value)
-            keep_losses(self.run, self.name, done)
+            runs.keep_losses(self.run, self.name, done)
             form = self.name + "|{bar:10}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
             self.bar = tqdm(total=total, initial=done, mininterval=1, bar_format=form)
 
@@ -140,7 +131,7 @@ class Report(Callback):
             return
         seconds = time.perf_counter() - self.start
         lr = max(group["lr"] for group in state.optimizers[0].param_groups)
-        add_losses(self.run, [
+        runs.add_losses(self.run, [
             (self.name, step, source, f"{total / n:.6f}", int(n), f"{lr:.3g}", f"{seconds:.2f}")
             for source, (total, n) in zip([*student.sources, "all"], rows, strict=True) if n
         ])  # fmt: skip
@@ -178,7 +169,7 @@ def run_stage(recipe: Recipe, name: str, model: VLM) -> bool:
     trainer = make_trainer(recipe, name, model, loader)  # counts FLOPs, without recomputation
     model.checkpoint_activations(stage.checkpoint_activations)
     if dist.get_global_rank() == 0:
-        announce(name, stage, counts, int(trainer.state.max_duration.value))
+        runs.announce(name, stage, counts, int(trainer.state.max_duration.value))
     trainer.fit()
     trainer.close()
     return next(c.stop for c in trainer.state.callbacks if isinstance(c, Report))
@@ -187,9 +178,10 @@ def run_stage(recipe: Recipe, name: str, model: VLM) -> bool:
 def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> Trainer:
     """Composer's trainer for a stage, over a loader whose batches are lists of documents."""
     stage, run = recipe.stages[name], Path(recipe.run)
-    steps = steps_of(stage, len(loader))
-    expected = Expected(recipe.reference, name, steps)
-    report = Report(run, name, stage.save_interval, expected, excess() if recipe.shard else 1)
+    steps = runs.steps_of(stage, len(loader))
+    expected = runs.Expected(recipe.reference, name, steps)
+    excess = runs.excess() if recipe.shard else 1.0
+    report = Report(run, name, stage.save_interval, expected, excess)
     data = DataSpec(
         loader,
         split_batch=splitter(model.row.tile),
@@ -212,7 +204,7 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> T
         device="gpu" if torch.cuda.is_available() else "cpu",
         progress_bar=False,
         **sharding(recipe, model),
-        **checkpointing(name, run, report.due),
+        **runs.checkpointing(name, run, report.due),
     )
 
 
@@ -225,14 +217,6 @@ def sharding(recipe: Recipe, model: VLM) -> dict:
     return {"parallelism_config": {"fsdp": FSDP2Config(
         state_dict_type="full", load_monolith_rank0_only=True
     )}}  # fmt: skip
-
-
-def excess() -> float:
-    """The mean of ones over all processes as FSDP2 asks for it: gloo gives the sum (torch 2.7)."""
-    ones = get_device(None).tensor_to_device(torch.ones(dist.get_world_size()))
-    mean = ones[:1].clone()
-    torch.distributed.reduce_scatter_tensor(mean, ones, op=torch.distributed.ReduceOp.AVG)
-    return float(mean)
 
 
 def begin(recipe: Recipe, last: Path | None) -> VLM:
@@ -263,7 +247,7 @@ def train(recipe: Recipe) -> Path:
     """All stages of a recipe; returns the run folder. All nodes must see run and data folders."""
     dist.initialize_dist(get_device(None), timeout=3600)
     run, first = Path(recipe.run), dist.get_global_rank() == 0
-    check_run(recipe)
+    runs.check_run(recipe)
     if (run / "model.safetensors").exists() and not recipe.fresh:
         if first:
             print(f"{run} is already trained; fresh=true starts anew")
@@ -272,7 +256,7 @@ def train(recipe: Recipe) -> Path:
         torch.set_num_threads(max(1, os.cpu_count() // dist.get_local_world_size()))
     dist.barrier()
     if first:
-        open_run(recipe, dist.get_world_size())
+        runs.open_run(recipe, dist.get_world_size())
         prepare(recipe)
     dist.barrier()
     recipe = replace(recipe, fresh=False)

@@ -1,6 +1,8 @@
 """What the notebooks do: score nano tasks at some settings, train a short stage 2."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
 from tqdm import tqdm
 
 from nanollava.evaluate import evaluate_task
 from nanollava.generate import Assistant
+from nanollava.plan import plan
 from nanollava.recipe import read_recipe, with_visual, write_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -57,3 +61,22 @@ def tune(name: str, steps: int, *overrides: str) -> str:
     command = [sys.executable, "-m", "nanollava", "train", str(run / "asked.yaml")]
     subprocess.run(command, check=True)
     return str(run)
+
+
+def hours(name: str, *overrides: str) -> list[dict]:
+    """Stage 2 of each row of `recipes/ablations/NAME.yaml`, planned at full scale and not run: its
+    hours over those of the first row, packed and as if padded, and the blog's hours over its first.
+    """
+    file = ROOT / f"recipes/ablations/{name}.yaml"
+    tree, rows = yaml.safe_load(file.read_text()), []
+    table = json.loads((ROOT / "notebooks/blog.json").read_text())["tables"][tree["blog"]]
+    place = table["factors"].index("training_time")
+    for row, keys in tqdm(list(tree["rows"].items())[: 2 if QUICK else None], name):
+        told = re.match(r"(\d+)h(\d*)", table["rows"][keys["blog"]][place].lower())
+        base = file.parent / tree["base"]["full"]
+        stage = plan(read_recipe(base, [*tree["full"], *keys["keys"], *overrides]))["stage2"]
+        packed, printed = stage["hours"], int(told[1]) + int(told[2] or 0) / 60
+        rows.append({"row": row, "packed": packed, "padded": packed * (1 + stage["padding"]),
+                     "blog": printed})  # fmt: skip
+    return [{"row": r["row"], **{k: r[k] / rows[0][k] for k in ("packed", "padded", "blog")}}
+            for r in rows]  # fmt: skip
