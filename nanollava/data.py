@@ -158,6 +158,8 @@ def prepare(recipe: Recipe) -> None:
         if kind != "pdf" and not source.samples:
             done = Path(f"{folders[name]}.part").rglob("*.mds")
             write += size - sum(file.stat().st_size for file in done)
+    if not folders:
+        print("prepare: no stage of this recipe uses a source")
     if told:
         room = check_space(recipe.data, write, fetch)
         print(f"prepare: {room}, {fetch / 1e9:.2f} GB to fetch; sizes: {', '.join(told)}")

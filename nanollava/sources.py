@@ -124,10 +124,10 @@ def from_json(kind: str, files: list[Path]) -> Iterator[dict]:
                 waiting.setdefault(record["image"][0], []).append(record)
     for box in boxes:
         with reading(box):
-            for name, member in StreamingDownloadManager().iter_archive(str(box)):
-                name = Path(name) if Path(name) in waiting else Path(*Path(name).parts[1:])
-                data = member.read() if name in waiting else b""
-                yield from (record | {"image": data} for record in waiting.pop(name, ()))
+            for member, content in StreamingDownloadManager().iter_archive(str(box)):
+                name = Path(member) if Path(member) in waiting else Path(*Path(member).parts[1:])
+                image = content.read() if name in waiting else b""
+                yield from (record | {"image": image} for record in waiting.pop(name, ()))
     for name, lost in waiting.items():
         error = f"image {name} is in none of {', '.join(box.name for box in boxes)}"
         yield from (record | {"error": error} for record in lost)
@@ -149,7 +149,7 @@ def from_pdf(kind: str, files: list[Path]) -> Iterator[dict]:
             yield {"id": file.name, "error": f"{file}: {error}"}
 
 
-def draw(page) -> bytes:
+def draw(page: Any) -> bytes:
     """A PDF's page as PNG, its long side 1,344 pixels (pdfium rounds up)."""
     image = page.render(scale=1343.9 / max(page.get_size())).to_pil()
     image.save(file := io.BytesIO(), "PNG")

@@ -514,6 +514,8 @@ def test_sizes_are_told_and_what_cannot_fit_is_refused(tmp_path, monkeypatch, ca
     prepare(replace(recipe, sources=recipe.sources | {"far": few}))
     told = capsys.readouterr().out
     assert "2.00 GB to fetch; sizes: far 3.00 GB" in told and "own" not in told, "own is there"
+    prepare(Recipe())
+    assert "no stage of this recipe uses a source" in capsys.readouterr().out
     free["free"] -= 1
     with pytest.raises(ValueError, match="no room for 2.00 GB"):
         prepare(replace(recipe, sources=recipe.sources | {"far": few}))
