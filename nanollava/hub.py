@@ -30,13 +30,13 @@ BROKEN = (OSError, ValueError, EOFError, RuntimeError, zlib.error, tarfile.TarEr
 def fetching(what: str, key: str) -> Iterator[None]:
     """Turn a failed download of `what` into advice: which `key` of the recipe takes a local copy.
 
-    Raises FileNotFoundError, or the OSError of a full disk as it is.
+    Raises FileNotFoundError; that of a local path and a full disk's OSError stay as they are.
     """
     try:
         yield
     except (OSError, RuntimeError, HfHubHTTPError, TransportError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise
+        if type(error) is FileNotFoundError or getattr(error, "errno", None) == errno.ENOSPC:
+            raise  # a local path, or the disk
         door = (
             f"look at huggingface.co/{what.split(':')[0]}: it may have another name now, or ask "
             "for consent (accept its terms there, then `hf auth login`)"

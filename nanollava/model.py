@@ -41,7 +41,8 @@ class VLM(nn.Module):
     def __init__(self, recipe: Recipe, weights: str = ""):
         super().__init__()
         self.recipe, self.row = recipe, ENCODERS[recipe.encoder]
-        with fetching(self.row.published or recipe.encoder, "encoder_weights"):
+        origin = f"{self.row.hub or self.row.open_clip}: {self.row.published}"
+        with fetching(origin, "encoder_weights"):
             self.encoder = build(self.row, weights or recipe.encoder_weights)
         with fetching(recipe.llm, "llm"):
             self.llm = load_llm(recipe.llm, weights or recipe.llm_weights)

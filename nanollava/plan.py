@@ -229,6 +229,9 @@ def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, device: str, d
 
 def plan(recipe: Recipe, device: str = "h200", devices: int = 1, share: float = 0.4) -> dict:
     """Stage by stage; `share` is the part of the device's peak that is hoped for."""
+    if device not in DEVICES or devices < 1 or not 0 < share <= 1:
+        raise ValueError(f"{devices} x {device} at a share of {share}: give 1 or more of "
+                         f"{', '.join(DEVICES)}, and a share above 0 and up to 1")  # fmt: skip
     parts = parts_of(recipe)
     return {name: plan_stage(recipe, name, parts, device, devices, share)
             for name, stage in recipe.stages.items() if stage}  # fmt: skip

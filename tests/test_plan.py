@@ -151,6 +151,12 @@ def test_sources_that_cannot_be_looked_at_are_assumed_and_said_so():
         sketches(recipe, "blip558k", None)
 
 
+@pytest.mark.parametrize("keys", [{"device": "tpu"}, {"devices": 0}, {"share": 0.0}])
+def test_impossible_machines_are_refused(tiny, keys):
+    with pytest.raises(ValueError, match="give 1 or more of h200.*share above 0"):
+        plan(tiny, **keys)
+
+
 def test_the_command_prints_a_table_or_json(tmp_path):
     told = command("-m", "nanollava", "plan", ROOT / "recipes/nano.yaml")
     assert "padding would add" in told and "stage1_5" in told
