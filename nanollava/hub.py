@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 
-from httpx import TransportError
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 HUB = "hf://datasets/"
+# The hub's own errors and, by their parents, those of the HTTP library, which changes by version.
+NETWORK = (OSError, RuntimeError, HfHubHTTPError, *HfHubHTTPError.__bases__)
 BROKEN = (OSError, ValueError, EOFError, RuntimeError, zlib.error, tarfile.TarError,
           zipfile.BadZipFile)  # fmt: skip
 
@@ -34,7 +35,7 @@ def fetching(what: str, key: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, HfHubHTTPError, TransportError) as error:
+    except NETWORK as error:
         if type(error) is FileNotFoundError or getattr(error, "errno", None) == errno.ENOSPC:
             raise  # a local path, or the disk
         door = (

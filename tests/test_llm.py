@@ -6,7 +6,6 @@ import pickle
 from dataclasses import replace
 
 import pytest
-import sentencepiece
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,6 +42,7 @@ def test_the_blogs_llms_are_known_without_a_network(name):
 @pytest.fixture
 def vicuna(tmp_path):
     """A small Llama as LMSYS publishes Vicuna: tokenizer.model and pytorch_model.bin, no more."""
+    sentencepiece = pytest.importorskip("sentencepiece")
     words = "A chat between a curious user and an artificial intelligence assistant. USER: what is"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([f"{words} it? ASSISTANT: a page 1 2 3 \n"] * 50), pad_id=-1,
