@@ -8,6 +8,7 @@ code's: CLIP block 23 of 24, SigLIP block 26 of 27, EVA the last block; the clas
 used.
 """
 
+import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -157,7 +158,9 @@ def build(row: Row, weights: str = "published") -> Encoder:
     if row.open_clip:
         tag = None if weights == "random" else file or row.published
         device = torch.empty(0).device  # "meta" under `with torch.device("meta")`
+        logging.disable(logging.NOTSET if tag else logging.WARNING)  # random weights are no news
         visual = open_clip.create_model(row.open_clip, pretrained=tag, device=device).visual
+        logging.disable(logging.NOTSET)
     elif row.hub:
         visual = eva(row)
         if weights == "published":

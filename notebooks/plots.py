@@ -227,7 +227,7 @@ def hours(rows: Sequence[dict], title: str) -> None:
     axis.set_yticks(y, names)
     axis.invert_yaxis()
     axis.set_title(title, fontsize=9)
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def label_mask(tokenizer, ids: Sequence[int], labels: Sequence[int]) -> HTML:
