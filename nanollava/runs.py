@@ -106,22 +106,6 @@ class Expected:
         return f"{told} (expected {low}-{high})" if low else told
 
 
-def write_reference(runs: Iterable[str | Path], out: str | Path) -> None:
-    """The band of several runs of one recipe, as the recipe's `reference` key expects it."""
-    told: dict[tuple[str, int], list[float]] = {}
-    for run in runs:
-        last: dict[str, deque] = {}
-        for row in (row for row in read_losses(run) if row["source"] == "all"):
-            window = last.setdefault(row["stage"], deque(maxlen=10))
-            window.append(float(row["loss"]))
-            told.setdefault((row["stage"], int(row["step"])), []).append(sum(window) / len(window))
-    with Path(out).open("w", newline="") as file:
-        csv.writer(file).writerows([("stage", "step", "low", "high"), *(
-            (*place, f"{min(means) * 0.95:.2f}", f"{max(means) * 1.05:.2f}")
-            for place, means in told.items()
-        )])  # fmt: skip
-
-
 def steps_of(stage: Stage, batches: int) -> int:
     """Optimizer steps of a stage whose loader has `batches` in an epoch."""
     if not batches:
