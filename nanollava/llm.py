@@ -42,16 +42,14 @@ class Cache:
 
     def extend(self, layer: int, key: Tensor, value: Tensor, lengths: list[int]) -> list[Tensor]:
         """Append (H, S, d) of packed documents; returns each one's (2, H, length, d) so far."""
+        news = torch.stack([key, value]).split(lengths, 2)  # (2, H, S, d)
         if layer not in self.buffers:
             H, _, d = key.shape
             self.buffers[layer] = [key.new_empty(2, H, n, d) for n in self.room]
-        out, start = [], 0
-        for i, n in enumerate(lengths):
-            buffer, end = self.buffers[layer][i], self.used[i] + n
-            buffer[0, :, self.used[i] : end] = key[:, start : start + n]
-            buffer[1, :, self.used[i] : end] = value[:, start : start + n]
-            out.append(buffer[:, :, :end])
-            start += n
+        out = []
+        for buffer, start, new in zip(self.buffers[layer], self.used, news, strict=True):
+            out.append(buffer[:, :, : start + new.shape[2]])
+            out[-1][:, :, start:] = new
         return out
 
     def advance(self, lengths: list[int]) -> None:
@@ -133,10 +131,7 @@ AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)  # docum
 def _local(name: str) -> None:
     """A folder that should be there must be: a hub id has no leading dot or slash."""
     if name.startswith((".", "/", "~")) and not (Path(name) / "config.json").is_file():
-        raise FileNotFoundError(
-            f"llm: {name} has no config.json; give a folder with config.json, model.safetensors "
-            "and tokenizer files, or a hub id"
-        )
+        raise FileNotFoundError(f"llm: {name} has no config.json; give a whole folder or a hub id")
 
 
 def load_tokenizer(name: str):
@@ -168,18 +163,16 @@ def config_of(name: str, random: bool = False) -> transformers.PretrainedConfig:
     return transformers.AutoConfig.from_pretrained(name)
 
 
-def load_llm(name: str, weights: str = "published", dtype: torch.dtype = torch.float32):
-    """A causal LM with packed attention: `published` weights, or `random` ones of its config.
+def load_llm(name: str, weights: str = "published"):
+    """A float32 causal LM with packed attention: `published` weights, or `random` ones.
 
     Safetensors where there are any; else transformers reads the publisher's .bin, weights only.
     """
-    whole = config_of(name, weights == "random")
+    whole, kind = config_of(name, weights == "random"), transformers.AutoModelForCausalLM
     config = whole.get_text_config()  # its own object: the attention is set in it
+    keys = {"config": config, "attn_implementation": "packed"}
     if weights == "random":
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="packed")
-        return model.to(dtype)
+        return kind.from_config(**keys).float()
     if config is not whole:  # its weights have other names: the LLM would stay random
         raise ValueError(f"llm: {name} is a {whole.model_type}, not an LLM alone; give an LLM")
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        name, config=config, attn_implementation="packed", dtype=dtype
-    )
+    return kind.from_pretrained(name, **keys, dtype=torch.float32)

@@ -64,21 +64,19 @@ def read_turns(conversations: Sequence[dict], images: int) -> list[Turn]:
     """
     if not conversations:
         raise ValueError("the conversation is empty; expected turns from human and gpt")
-    turns, found = [], 0
+    turns: list[Turn] = []
     for i, message in enumerate(conversations):
-        expected = ("human", "gpt")[i % 2]
+        expected, role = (("human", "user"), ("gpt", "assistant"))[i % 2]
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
             raise ValueError(f"turn {i} is {message!r:.80}; expected a from and a text value")
         if message.get("from") != expected:
             raise ValueError(f"turn {i} is from {message.get('from')!r}; expected {expected!r}")
-        text, count = message["value"].strip(), 0
-        if expected == "human":
-            count = text.count(PLACEHOLDER)
-            if count == 1:
-                rest = text.replace(PLACEHOLDER, "").strip()
-                text = f"{PLACEHOLDER}\n{rest}" if rest else PLACEHOLDER
-        found += count
-        turns.append(Turn("user" if expected == "human" else "assistant", text, count))
+        text = message["value"].strip()
+        count = text.count(PLACEHOLDER) if role == "user" else 0
+        if count == 1:
+            text = f"{PLACEHOLDER}\n{text.replace(PLACEHOLDER, '').strip()}".strip()
+        turns.append(Turn(role, text, count))
+    found = sum(turn.images for turn in turns)
     if found != images:
         raise ValueError(f"{found} {PLACEHOLDER} in the conversation for {images} images")
     return turns

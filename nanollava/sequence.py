@@ -98,13 +98,9 @@ class Writer:
         return tuple(layout(image.size, alone, self.tile, self.side) for image in images)
 
     def __call__(
-        self,
-        turns: Sequence[Turn],
-        images: Sequence[Image],
-        name: str = "",
-        source: str = "",
+        self, turns: Sequence[Turn], images: Sequence[Image], name: str = "", source: str = "",
         answer: bool = False,
-    ) -> Document:
+    ) -> Document:  # fmt: skip
         """A document; with `answer` it ends where an answer begins, for generation.
 
         One over `max_length` loses its last words, with a warning. Raises ValueError where image
@@ -120,11 +116,9 @@ class Writer:
             ids, labels = ids[:most], labels[:most]
         if len(ids) > most:
             visual, sizes = sum(lay.length for lay in layouts), [lay.size for lay in layouts]
-            raise ValueError(
-                f"sample {name}: {len(ids)} positions, {visual} of them for images of {sizes} "
-                f"pixels; max_length is {most}. "
-                "Raise max_length or lower visual.max_visual_tokens"
-            )
+            told = f"{len(ids)} positions, {visual} of them for images of {sizes} pixels"
+            advice = f"max_length is {most}. Raise it or lower visual.max_visual_tokens"
+            raise ValueError(f"sample {name}: {told}; {advice}")
         if not answer and not (labels[1:] != IGNORE).any():
             raise ValueError(f"sample {name}: no supervised token; an answer is empty or missing")
         none = torch.zeros(0, 3, self.tile, self.tile, dtype=torch.uint8)
