@@ -16,23 +16,22 @@ from nanollava.sequence import Document
 # Backward passes as forward equivalents: gradients of the inputs and of the weights cost as much
 # as the forward pass each; a frozen LLM still passes gradients on to the projector. Attention has
 # no weights: both of its matrix products pass gradients to both of their inputs.
-PASSES = {  # of a part: the tower that decides, passes if it is trained, and if it is frozen
-    "encoder": ("encoder", 3, 1),
-    "stem": ("encoder", 2, 1),  # the encoder's first layer; pixels need no gradient
-    "projector": ("encoder", 3, 2),
-    "projector_2": ("encoder", 3, 3),  # its second layer passes gradients to its first
-    "llm": ("llm", 3, 2),
-    "lm_head": ("llm", 3, 2),
-    "attention": ("llm", 3, 3),
+PARTS = {  # what a part's rate is per; the tower that decides; passes if it is trained, if frozen
+    "encoder": ("views", "encoder", 3, 1),
+    "stem": ("views", "encoder", 2, 1),  # the encoder's first layer; pixels need no gradient
+    "projector": ("features", "encoder", 3, 2),
+    "projector_2": ("features", "encoder", 3, 3),  # it passes gradients to its first layer
+    "llm": ("positions", "llm", 3, 2),
+    "attention": ("pairs", "llm", 3, 3),
+    "lm_head": ("learned", "llm", 3, 2),
 }
 
 
 def rates(model: Any) -> dict[str, int]:
-    """Forward FLOPs of each part per view, token, position, pair of positions or supervised token.
+    """Forward FLOPs of each part per view, feature, position, pair or learned token.
 
-    Counts one view without computing it; the rest follows from the matrices' sizes.
-
-    On the "meta" device, because a CPU's fused attention is invisible to FlopCounterMode.
+    Counts one view without computing it; the rest follows from the matrices' sizes. On the
+    "meta" device, because a CPU's fused attention is invisible to FlopCounterMode.
     """
     encoder, R = model.encoder, model.row.tile
     empty = {n: torch.empty_like(x, device="meta") for n, x in encoder.named_buffers()}
@@ -59,26 +58,32 @@ def rates(model: Any) -> dict[str, int]:
     }
 
 
+def count(documents: Sequence[Document], T: int, after: bool) -> dict[str, int]:
+    """What a batch holds; `after`: the projector runs before pooling, on all T features."""
+    layouts, lengths = (
+        [lay for d in documents for lay in d.layouts],
+        [len(d.ids) for d in documents],
+    )
+    views, visual = sum(lay.views for lay in layouts), sum(lay.tokens for lay in layouts)
+    return {
+        "views": views, "visual": visual, "features": views * T if after else visual,
+        "positions": sum(lengths), "pairs": sum(n * (n + 1) // 2 for n in lengths),
+        "learned": sum(d.learned for d in documents),
+    }  # fmt: skip
+
+
 def forward_flops(
     rates: dict[str, int], documents: Sequence[Document], T: int, after: bool
 ) -> dict[str, int]:
-    """Forward FLOPs of a batch by part; `after`: the projector runs before pooling, on all T."""
-    layouts = [lay for d in documents for lay in d.layouts]
-    views = sum(lay.views for lay in layouts)
-    lengths = [len(d.ids) for d in documents]
-    tokens = views * T if after else sum(lay.tokens for lay in layouts)
-    counts = {
-        "encoder": views, "stem": views, "projector": tokens, "projector_2": tokens,
-        "llm": sum(lengths), "attention": sum(n * (n + 1) // 2 for n in lengths),
-        "lm_head": sum(d.learned for d in documents),
-    }  # fmt: skip
-    return {part: rates[part] * n for part, n in counts.items()}
+    """Forward FLOPs of a batch by part."""
+    counts = count(documents, T, after)
+    return {part: rate * counts[PARTS[part][0]] for part, rate in rates.items()}
 
 
 def step_flops(forward: dict[str, int], trained: Collection[str]) -> int:
     """A training step's FLOPs from its forward FLOPs, for a stage that trains these parts."""
     total = 0
     for part, flops in forward.items():
-        tower, whole, frozen = PASSES[part]
+        _, tower, whole, frozen = PARTS[part]
         total += flops * (whole if tower in trained else frozen)
     return total

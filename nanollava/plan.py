@@ -11,7 +11,6 @@ Hours are FLOPs at a stated share of the device's peak: an estimate, not a measu
 
 import random
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import ceil
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanollava.anyres import Layout, open_image
-from nanollava.cost import forward_flops, rates, step_flops
+from nanollava.cost import PARTS, count, rates, step_flops
 from nanollava.data import split_images, stored, usable
 from nanollava.encoder import ENCODERS, build
 from nanollava.llm import load_llm, load_tokenizer
@@ -61,21 +60,10 @@ class Sketch:
 Mix = list[tuple[Sketch, float]]
 
 
-def look(recipe: Recipe, name: str) -> Iterator[tuple[list, list[bytes]]]:
-    """Conversations and images of a source's shards, or of its first records where it is local."""
-    rows, source = stored(recipe, name), recipe.sources[name]
-    if rows is not None:
-        for i in random.Random(0).sample(range(len(rows)), min(LIMIT, len(rows))):
-            yield rows[i]["conversations"], split_images(rows[i]["image"], rows[i]["sizes"])
-    else:
-        for row, images in usable(islice(records(source, recipe.seed), LIMIT), []):
-            yield row["conversations"], images
-
-
 def sketches(recipe: Recipe, name: str, writer: Writer) -> tuple[list[Sketch], str]:
     """Documents of a source, and how they are known."""
-    source, out = recipe.sources[name], []
-    if "hf://" in source.path and stored(recipe, name) is None:
+    rows, source, out = stored(recipe, name), recipe.sources[name], []
+    if rows is None and "hf://" in source.path:
         if not source.assume.sizes:
             raise ValueError(f"sources.{name}: neither shards (run prepare) nor `assume.sizes`")
         for size, share in source.assume.sizes.items():
@@ -85,9 +73,14 @@ def sketches(recipe: Recipe, name: str, writer: Writer) -> tuple[list[Sketch], s
             length = source.assume.text + sum(lay.length for lay in layouts)
             out += [Sketch(range(length), layouts, source.assume.learned)] * round(100 * share)
         return out, "assumed"
+    if rows is None:
+        found = usable(islice(records(source, recipe.seed), LIMIT), [])
+    else:
+        some = random.Random(0).sample(range(len(rows)), min(LIMIT, len(rows)))
+        found = ((row, split_images(row["image"], row["sizes"])) for row in (rows[i] for i in some))
     writer = replace(writer, tokenizer=load_tokenizer(recipe.llm))
-    for conversations, images in look(recipe, name):
-        turns = read_turns(conversations, len(images))
+    for row, images in found:
+        turns = read_turns(row["conversations"], len(images))
         document = writer(turns, [open_image(data) for data in images], name=name)
         out.append(Sketch(range(len(document.ids)), document.layouts, document.learned))
     return out, f"measured on {len(out)}"
@@ -156,12 +149,11 @@ def advice(recipe: Recipe, name: str, stage: Stage, need: dict[str, float], room
 def mix_of(recipe: Recipe, stage: Stage, writer: Writer) -> tuple[Mix, dict[str, str]]:
     """A stage's documents, each with the number of samples that it stands for."""
     mix, known = [], {}
-    for name, times in stage.sources.items():
-        if times:
-            mine, known[name] = sketches(recipe, name, writer)
-            rows, source = stored(recipe, name), recipe.sources[name]
-            count = source.samples or source.expected if rows is None else len(rows)
-            mix += [(sketch, times * count / len(mine)) for sketch in mine]
+    for name, times in stage.mix.items():
+        mine, known[name] = sketches(recipe, name, writer)
+        rows, source = stored(recipe, name), recipe.sources[name]
+        count = source.samples or source.expected if rows is None else len(rows)
+        mix += [(sketch, times * count / len(mine)) for sketch in mine]
     return mix, known
 
 
@@ -181,16 +173,12 @@ def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, device: str, d
     mix, known = mix_of(recipe, stage, writer)
     samples = sum(n for _, n in mix)
     steps = steps_of(stage, int(samples) // stage.batch_size)
-    parted, forward = rates(parts), Counter()
-    mean = dict.fromkeys(("positions", "visual", "views", "learned"), 0.0)
+    mean = Counter()  # of a sample
     for sketch, n in mix:
-        one = forward_flops(parted, [sketch], row.side**2, visual.pool_after_projector)
-        seen = n * steps * stage.batch_size / samples  # by the last step
-        forward.update({part: flops * seen for part, flops in one.items()})
-        mean["positions"] += len(sketch.ids) * n / samples
-        mean["visual"] += sum(lay.tokens for lay in sketch.layouts) * n / samples
-        mean["views"] += sum(lay.views for lay in sketch.layouts) * n / samples
-        mean["learned"] += sketch.learned * n / samples
+        counts = count([sketch], row.side**2, visual.pool_after_projector)
+        mean.update({key: value * n / samples for key, value in counts.items()})
+    forward = {part: rate * mean[PARTS[part][0]] * steps * stage.batch_size
+               for part, rate in rates(parts).items()}  # fmt: skip
     mean["longest"] = max(len(sketch.ids) for sketch, _ in mix)
     flops = step_flops(forward, TRAIN[stage.train])
     again = sum(forward.values()) * stage.checkpoint_activations  # the forward pass again
@@ -199,7 +187,7 @@ def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, device: str, d
     fits = sum(need.values()) < 0.95 * room
     return {
         "known": known, "samples": round(samples), "steps": steps, **mean,
-        "padding": padding(mix), "forward": dict(forward), "flops": flops, "memory": need,
+        "padding": padding(mix), "forward": forward, "flops": flops, "memory": need,
         "change": "" if fits else advice(recipe, name, stage, need, room),
         "hours": (flops + again) / ((peak or cpu_peak()) * share * devices) / 3600,
     }  # fmt: skip
