@@ -71,6 +71,11 @@ class Stage:
     checkpoint_activations: bool = False
     save_interval: int = 500  # steps between checkpoints
 
+    @property
+    def mix(self) -> dict[str, float]:
+        """The sources that are seen at all."""
+        return {name: times for name, times in self.sources.items() if times}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -243,8 +248,7 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 def used_sources(recipe: Recipe) -> set[str]:
     """The names of the sources that a stage uses."""
-    stages = [stage for stage in recipe.stages.values() if stage]
-    return {name for stage in stages for name, times in stage.sources.items() if times}
+    return {name for stage in recipe.stages.values() if stage for name in stage.mix}
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:

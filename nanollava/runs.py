@@ -31,11 +31,8 @@ def check_run(recipe: Recipe) -> None:
     begun = file.exists() and (file.parent / "losses.csv").exists()
     changed = differences(read_recipe(file), recipe) if begun else []
     if changed and not recipe.fresh:
-        raise ValueError(
-            f"{recipe.run} holds a run of another recipe:\n  "
-            + "\n  ".join(changed)
-            + "\nGive another folder (run=...), or fresh=true to delete it and start anew"
-        )
+        told = "\n  ".join([f"{recipe.run} holds a run of another recipe:", *changed])
+        raise ValueError(f"{told}\nGive another folder (run=...), or fresh=true to delete it")
 
 
 def open_run(recipe: Recipe, processes: int) -> None:
@@ -43,9 +40,7 @@ def open_run(recipe: Recipe, processes: int) -> None:
     run = Path(recipe.run)
     if recipe.fresh and run.exists():
         if any(run.iterdir()) and not (run / "recipe.yaml").exists():
-            raise ValueError(
-                f"fresh=true would delete {run}, which is no run folder: remove it first"
-            )
+            raise ValueError(f"fresh=true would delete {run}, no run folder: remove it first")
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
     write_recipe(replace(recipe, fresh=False), run / "recipe.yaml")
@@ -109,9 +104,7 @@ class Expected:
 def steps_of(stage: Stage, batches: int) -> int:
     """Optimizer steps of a stage whose loader has `batches` in an epoch."""
     if not batches:
-        raise ValueError(
-            f"the stage's sources hold fewer samples than batch_size {stage.batch_size}"
-        )
+        raise ValueError(f"the sources hold fewer samples than batch_size {stage.batch_size}")
     times, unit = int(stage.duration[:-2]), stage.duration[-2:]
     return times * batches if unit == "ep" else times
 
@@ -121,7 +114,7 @@ def announce(name: str, stage: Stage, counts: dict[str, int], steps: int) -> Non
     train = ", ".join(f"{part} {n:,}" for part, n in counts.items() if n)
     vision = f", vision {stage.vision_lr:g}" if counts["encoder"] else ""
     frozen = ", ".join(part for part, n in counts.items() if not n) or "nothing"
-    mix = ", ".join(f"{source} x {times:g}" for source, times in stage.sources.items() if times)
+    mix = ", ".join(f"{source} x {times:g}" for source, times in stage.mix.items())
     print(
         f"\n{name}: trains {train} parameters (lr {stage.lr:g}{vision}); "
         f"frozen: {frozen}\n  {steps:,} steps of {stage.batch_size} samples: {mix}"
