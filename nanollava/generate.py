@@ -174,7 +174,10 @@ class Assistant:
         cache = self.memory.cache.fork(len(ids) + room, skip)
         self.seen = Seen(document, self.model.row.side**2, glyphs, skip)
         written, said = self.seen.written, ""
-        for (token,) in self.stream([_after(document, skip)], room, cache=cache):
+        rest = replace(document, ids=document.ids[skip:], labels=document.labels[skip:])
+        if skip:  # no image is left: all of them are in the cache
+            rest = replace(rest, views=document.views[:0], layouts=())
+        for (token,) in self.stream([rest], room, cache):
             self.seen.first = self.seen.first or time.perf_counter() - start
             written += [] if token is None else [token]
             text = self.model.tokenizer.decode(written, skip_special_tokens=True)
@@ -196,13 +199,6 @@ class Assistant:
             return 0
         shared = len(commonprefix([ids[:-1], self.memory.ids]))
         return shared if IMAGE not in ids[shared:] else 0
-
-
-def _after(document: Document, skip: int) -> Document:
-    """The document without its first positions, whose images are in the cache."""
-    ids, labels = document.ids[skip:], document.labels[skip:]
-    seen = {"views": document.views[:0], "layouts": ()} if skip else {}
-    return replace(document, ids=ids, labels=labels, **seen)
 
 
 def load(run: str | Path, device: str = "") -> Assistant:

@@ -5,7 +5,6 @@
 `pool_after_projector: false` swaps projector and pooling.
 """
 
-import json
 import os
 from os.path import commonprefix
 from pathlib import Path
@@ -159,8 +158,7 @@ def save(model: VLM, folder: str | Path, state: dict[str, Tensor] | None = None)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_recipe(model.recipe, folder / "recipe.yaml")
-    config = json.loads(model.llm.config.to_json_string(use_diff=False))
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    model.llm.config.to_json_file(folder / "config.json", use_diff=False)
     model.tokenizer.save_pretrained(folder)
     state = {k: v.contiguous() for k, v in (state or model.state_dict()).items()}
     if model.llm.config.tie_word_embeddings:

@@ -57,7 +57,7 @@ class Sketch:
     learned: int
 
 
-Mix = list[tuple[Sketch, float]]
+Mix = list[tuple[Sketch, float]]  # each with the number of samples that it stands for
 
 
 def sketches(recipe: Recipe, name: str, writer: Writer) -> tuple[list[Sketch], str]:
@@ -84,6 +84,12 @@ def sketches(recipe: Recipe, name: str, writer: Writer) -> tuple[list[Sketch], s
         document = writer(turns, [open_image(data) for data in images], name=name)
         out.append(Sketch(range(len(document.ids)), document.layouts, document.learned))
     return out, f"measured on {len(out)}"
+
+
+def count_of(recipe: Recipe, name: str) -> int:
+    """Samples of a source: its shards', the recipe's `samples`, or `expected` at the origin."""
+    rows, source = stored(recipe, name), recipe.sources[name]
+    return source.samples or source.expected if rows is None else len(rows)
 
 
 def parts_of(recipe: Recipe) -> SimpleNamespace:
@@ -146,17 +152,6 @@ def advice(recipe: Recipe, name: str, stage: Stage, need: dict[str, float], room
     return f"stages.{name}.microbatch_tokens={tokens}, or a lower visual.max_visual_tokens"
 
 
-def mix_of(recipe: Recipe, stage: Stage, writer: Writer) -> tuple[Mix, dict[str, str]]:
-    """A stage's documents, each with the number of samples that it stands for."""
-    mix, known = [], {}
-    for name, times in stage.mix.items():
-        mine, known[name] = sketches(recipe, name, writer)
-        rows, source = stored(recipe, name), recipe.sources[name]
-        count = source.samples or source.expected if rows is None else len(rows)
-        mix += [(sketch, times * count / len(mine)) for sketch in mine]
-    return mix, known
-
-
 def cpu_peak() -> float:
     """FLOP/s of this machine's processor on a large float32 matrix product."""
     seconds = repeat("x @ x", number=1, globals={"x": torch.rand(2048, 2048)})
@@ -170,7 +165,11 @@ def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, device: str, d
     visual = recipe.visual if stage.anyres else replace(recipe.visual, max_grid="base")
     writer = Writer(None, visual, row.tile, row.side, stage.template or recipe.template,
                     recipe.label_mask, recipe.max_length)  # fmt: skip
-    mix, known = mix_of(recipe, stage, writer)
+    mix: Mix = []
+    known = {}
+    for source, times in stage.mix.items():
+        mine, known[source] = sketches(recipe, source, writer)
+        mix += [(sketch, times * count_of(recipe, source) / len(mine)) for sketch in mine]
     samples = sum(n for _, n in mix)
     steps = steps_of(stage, int(samples) // stage.batch_size)
     mean = Counter()  # of a sample

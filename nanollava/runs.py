@@ -91,14 +91,13 @@ class Expected:
         lines = Path(reference).read_text().splitlines() if reference else []
         rows = [row for row in csv.DictReader(lines) if row["stage"] == stage]
         self.last: deque[float] = deque(maxlen=10)
-        self.band = {int(r["step"]): (r["low"], r["high"]) for r in rows if len(rows) == steps}
+        rows = rows if len(rows) == steps else []
+        self.band = {int(r["step"]): f" (expected {r['low']}-{r['high']})" for r in rows}
 
     def tell(self, step: int, loss: float) -> str:
         """A postfix for a progress bar: "loss 0.312 (expected 0.28-0.33)"."""
         self.last.append(loss)
-        told = f"loss {sum(self.last) / len(self.last):.3f}"
-        low, high = self.band.get(step, ("", ""))
-        return f"{told} (expected {low}-{high})" if low else told
+        return f"loss {sum(self.last) / len(self.last):.3f}" + self.band.get(step, "")
 
 
 def steps_of(stage: Stage, batches: int) -> int:

@@ -231,10 +231,8 @@ def begin(recipe: Recipe, last: Path | None) -> VLM:
 
 def keep(recipe: Recipe, model: VLM, folder: Path) -> None:
     """Save a stage's model; its shards are gathered on the first process."""
-    state = None
-    if recipe.shard:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=options)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options) if recipe.shard else None
     if dist.get_global_rank() == 0:
         save(model, folder, state)
     dist.barrier()
