@@ -51,14 +51,13 @@ def plan(
     """Tell a run's tokens, FLOPs, memory and hours before it starts."""
     import json
 
-    from nanollava.plan import plan as estimate
-    from nanollava.plan import show
+    from nanollava import plan as planning
 
-    stages = estimate(read_recipe(recipe, overrides), device, devices, share)
+    stages = planning.plan(read_recipe(recipe, overrides), device, devices, share)
     if as_json:
         typer.echo(json.dumps(stages, indent=1))
     else:
-        show(stages, f"{devices} x {device} at {share:.0%} of its peak")
+        planning.show(stages, f"{devices} x {device} at {share:.0%} of its peak")
 
 
 @app.command()
@@ -73,19 +72,18 @@ def score(run: Path, tasks: list[str], limit: int, keys: Recipe | None = None) -
 
     import torch.distributed as dist
 
-    from nanollava.evaluate import evaluate as answer
-    from nanollava.evaluate import save_sample, show
+    from nanollava import evaluate as evaluation
     from nanollava.generate import load
 
     assistant = load(run)
     if keys is not None:  # tasks may have been changed since the run was trained
         recipe = replace(assistant.model.recipe, tasks=keys.tasks, settings=keys.settings)
         assistant.model.recipe = recipe
-    rows = answer(assistant, run, tasks, limit)
+    rows = evaluation.evaluate(assistant, run, tasks, limit)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        show(rows)
+        evaluation.show(rows)
         if keys is not None:
-            typer.echo(f"\nNext: {save_sample(assistant, run)}")
+            typer.echo(f"\nNext: {evaluation.save_sample(assistant, run)}")
 
 
 @app.command()
@@ -98,9 +96,8 @@ def chat(
     from nanollava.generate import load
 
     assistant = load(run)
-    for piece in assistant.chat(image, question, max_grid=max_grid, stream=True,
-                                max_visual_tokens=max_visual_tokens,
-                                max_new_tokens=max_new_tokens):  # fmt: skip
+    visual = {"max_grid": max_grid, "max_visual_tokens": max_visual_tokens}
+    for piece in assistant.chat(image, question, None, max_new_tokens, stream=True, **visual):
         typer.echo(piece, nl=False)
     typer.echo(f"\n\n{assistant.seen.describe()}")
     if why:
@@ -121,11 +118,12 @@ def export(run: Run, out: Path) -> None:
     model, above = load(run), out.absolute().parent
     above.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=above) as scratch:  # so that OUT is whole, or not there
-        hf.write(model, Path(scratch) / "out")
-        apart = difference(model, Path(scratch) / "out")
+        folder = Path(scratch, "out")
+        hf.write(model, folder)
+        apart = difference(model, folder)
         if not apart <= 1e-4:
             raise ValueError(f"transformers' logits differ by {apart:.1e}, limit 1e-4: no {out}")
-        os.replace(Path(scratch) / "out", out)
+        os.replace(folder, out)
     typer.echo(f"{out}: transformers' logits differ by {apart:.1e} at most")
 
 

@@ -5,7 +5,6 @@ document, the lm_head counts supervised positions. Nothing is counted for paddin
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,34 +16,22 @@ from nanollava.sequence import Document
 # Backward passes as forward equivalents: gradients of the inputs and of the weights cost as much
 # as the forward pass each; a frozen LLM still passes gradients on to the projector. Attention has
 # no weights: both of its matrix products pass gradients to both of their inputs.
-PASSES = {
-    "encoder": lambda trained: 3 if "encoder" in trained else 1,
-    "stem": lambda trained: 2 if "encoder" in trained else 1,  # pixels need no gradient
-    "projector": lambda trained: 3 if "encoder" in trained else 2,
-    "projector_2": lambda trained: 3,  # its second layer passes gradients to its first
-    "llm": lambda trained: 3 if "llm" in trained else 2,
-    "lm_head": lambda trained: 3 if "llm" in trained else 2,
-    "attention": lambda trained: 3,
+PARTS = {  # what a part's rate is per; the tower that decides; passes if it is trained, if frozen
+    "encoder": ("views", "encoder", 3, 1),
+    "stem": ("views", "encoder", 2, 1),  # the encoder's first layer; pixels need no gradient
+    "projector": ("features", "encoder", 3, 2),
+    "projector_2": ("features", "encoder", 3, 3),  # it passes gradients to its first layer
+    "llm": ("positions", "llm", 3, 2),
+    "attention": ("pairs", "llm", 3, 3),
+    "lm_head": ("learned", "llm", 3, 2),
 }
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Forward FLOPs of a model's parts."""
+def rates(model: Any) -> dict[str, int]:
+    """Forward FLOPs of each part per view, feature, position, pair or learned token.
 
-    view: int  # encoder without its first layer, per view
-    stem: int  # that layer, per view
-    token: int  # projector's first layer, per token
-    token_2: int  # and its second
-    position: int  # the LLM's matrices, per position
-    pair: int  # attention, per (query, key) pair of all layers
-    supervised: int  # lm_head, per supervised token
-
-
-def rates(model: Any) -> Rates:
-    """Count one view without computing it; the rest follows from the matrices' sizes.
-
-    On the "meta" device, because a CPU's fused attention is invisible to FlopCounterMode.
+    Counts one view without computing it; the rest follows from the matrices' sizes. On the
+    "meta" device, because a CPU's fused attention is invisible to FlopCounterMode.
     """
     encoder, R = model.encoder, model.row.tile
     empty = {n: torch.empty_like(x, device="meta") for n, x in encoder.named_buffers()}
@@ -60,35 +47,43 @@ def rates(model: Any) -> Rates:
     config = model.llm.config
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     width = heads * getattr(config, "head_dim", config.hidden_size // heads)
-    return Rates(
-        view=view - stem,
-        stem=stem,
-        token=2 * model.projector[0].weight.numel(),
-        token_2=2 * model.projector[2].weight.numel(),
-        position=2 * sum(linear),
-        pair=4 * layers * width,
-        supervised=2 * model.llm.lm_head.weight.numel(),
-    )
-
-
-def forward_flops(rate: Rates, documents: Sequence[Document], T: int, after: bool) -> dict:
-    """Forward FLOPs of a batch by part; `after`: the projector runs before pooling, on all T."""
-    layouts = [lay for d in documents for lay in d.layouts]
-    views = sum(lay.views for lay in layouts)
-    lengths = [len(d.ids) for d in documents]
-    tokens = views * T if after else sum(lay.tokens for lay in layouts)
     return {
-        "encoder": rate.view * views,
-        "stem": rate.stem * views,
-        "projector": rate.token * tokens,
-        "projector_2": rate.token_2 * tokens,
-        "llm": rate.position * sum(lengths),
-        "attention": rate.pair * sum(n * (n + 1) // 2 for n in lengths),
-        "lm_head": rate.supervised * sum(d.learned for d in documents),
+        "encoder": view - stem,
+        "stem": stem,
+        "projector": 2 * model.projector[0].weight.numel(),
+        "projector_2": 2 * model.projector[2].weight.numel(),
+        "llm": 2 * sum(linear),
+        "attention": 4 * layers * width,
+        "lm_head": 2 * model.llm.lm_head.weight.numel(),
     }
+
+
+def count(documents: Sequence[Document], T: int, after: bool) -> dict[str, int]:
+    """What a batch holds; `after`: the projector runs before pooling, on all T features."""
+    layouts, lengths = (
+        [lay for d in documents for lay in d.layouts],
+        [len(d.ids) for d in documents],
+    )
+    views, visual = sum(lay.views for lay in layouts), sum(lay.tokens for lay in layouts)
+    return {
+        "views": views, "visual": visual, "features": views * T if after else visual,
+        "positions": sum(lengths), "pairs": sum(n * (n + 1) // 2 for n in lengths),
+        "learned": sum(d.learned for d in documents),
+    }  # fmt: skip
+
+
+def forward_flops(
+    rates: dict[str, int], documents: Sequence[Document], T: int, after: bool
+) -> dict[str, int]:
+    """Forward FLOPs of a batch by part."""
+    counts = count(documents, T, after)
+    return {part: rate * counts[PARTS[part][0]] for part, rate in rates.items()}
 
 
 def step_flops(forward: dict[str, int], trained: Collection[str]) -> int:
     """A training step's FLOPs from its forward FLOPs, for a stage that trains these parts."""
-    passes = {part: count(trained) for part, count in PASSES.items()}
-    return sum(n * passes[part] for part, n in forward.items())
+    total = 0
+    for part, flops in forward.items():
+        _, tower, whole, frozen = PARTS[part]
+        total += flops * (whole if tower in trained else frozen)
+    return total

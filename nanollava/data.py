@@ -9,6 +9,7 @@ replaced by another sample.
 import errno
 import getpass
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -175,8 +176,8 @@ def stored(recipe: Recipe, name: str) -> LocalDataset | None:
 
 def split_images(data: bytes, sizes: list[int]) -> list[bytes]:
     """The shards keep a sample's images end to end: cut them apart again."""
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [data[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    file = io.BytesIO(data)
+    return [file.read(size) for size in sizes]
 
 
 class Documents(StreamingDataset):
@@ -215,15 +216,11 @@ def alone_on_this_machine() -> Iterator[None]:
 def make_loader(recipe: Recipe, stage: Stage, writer: Writer, processes: int) -> Loader:
     """One stage's mix. The order depends on the seed alone, not on the number of processes."""
     if stage.batch_size % processes:
-        raise ValueError(
-            f"batch_size {stage.batch_size} does not divide among {processes} processes"
-        )
+        told = f"batch_size {stage.batch_size} does not divide among {processes} processes"
+        raise ValueError(told)
     batch = stage.batch_size // processes
-    streams = [
-        Stream(local=str(shard_folder(recipe, name)), repeat=times)
-        for name, times in stage.sources.items()
-        if times
-    ]
+    streams = [Stream(local=str(shard_folder(recipe, name)), repeat=times)
+               for name, times in stage.mix.items()]  # fmt: skip
     with alone_on_this_machine():
         dataset = Documents(
             writer, streams=streams, shuffle=True, shuffle_seed=recipe.seed, batch_size=batch,

@@ -69,13 +69,13 @@ def answer_all(assistant: Any, writer: Writer, items: Sequence[tuple], room: int
     return answers
 
 
-def interval(rows: np.ndarray, total: Any, seed: int = 0) -> tuple[float, float]:
+def interval(rows: np.ndarray, total: Any) -> tuple[float, float]:
     """95% percentile bootstrap over questions of `total`(rows)."""
     if len(rows) < 2 or (rows == rows[0]).all():
         return (total(rows),) * 2
     found = bootstrap(
         (np.arange(len(rows)),), lambda i: total(rows[i]), n_resamples=1000, vectorized=False,
-        method="percentile", random_state=seed,
+        method="percentile", random_state=0,
     ).confidence_interval  # fmt: skip
     return float(found.low), float(found.high)
 
@@ -85,9 +85,8 @@ def chance(references: Sequence[str], metric: str) -> float:
     score, total = METRICS[metric]
     draw, rounds, references = np.random.default_rng(0), [], sorted(references)
     for _ in range(100):
-        guesses = draw.permutation(references)
-        pairs = zip(map(str, guesses), references, strict=True)
-        rounds.append(total(np.array([score(p, r) for p, r in pairs], dtype=float)))
+        guesses = draw.permutation(references).tolist()
+        rounds.append(total(np.array([*map(score, guesses, references)], dtype=float)))
     return float(np.mean(rounds))
 
 
@@ -96,9 +95,8 @@ def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict
     recipe: Recipe = assistant.model.recipe
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     start, items = time.perf_counter(), questions(task, recipe.seed)
-    mine = items[rank::world]
+    mine, title = items[rank::world], f"{name}, grid {visual.max_grid}"
     writer = assistant.model.writer(visual)
-    title = f"{name}, grid {visual.max_grid}"
     answers = answer_all(assistant, writer, mine, task.max_new_tokens, title)
     pairs = [(text, item[2]) for text, item in zip(answers, mine, strict=True)]
     if world > 1:
@@ -175,21 +173,17 @@ def save_sample(assistant: Any, run: str | Path) -> str:
     return told
 
 
-def show(rows: Sequence[dict], console: Console | None = None) -> None:
+def show(rows: Sequence[dict]) -> None:
     """Print scores by task and setting, each with its 95% interval."""
-    settings = list(dict.fromkeys(row["setting"] for row in rows))
-    table = Table(title="score in %, with its 95% interval over questions", box=SIMPLE)
-    table.add_column("task", no_wrap=True)
-    table.add_column("metric")
-    table.add_column("chance", justify="right")
-    for setting in settings:
-        table.add_column(setting, justify="right")
-    for name in dict.fromkeys(row["task"] for row in rows):
-        mine = {row["setting"]: row for row in rows if row["task"] == name}
-        cells = [
-            "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * mine[s][k] for k in ("score", "low", "high")))
-            if s in mine else "" for s in settings
-        ]  # fmt: skip
-        any_row = next(iter(mine.values()))
-        table.add_row(name, any_row["metric"], f"{100 * any_row['chance']:.1f}", *cells)
-    (console or Console()).print(table)
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        mine = cells.setdefault(row["task"], {"metric": row["metric"]})
+        score, low, high, mine["chance"] = (
+            f"{100 * row[key]:.1f}" for key in ("score", "low", "high", "chance")
+        )
+        mine[row["setting"]] = f"{score} [{low}, {high}]"
+    columns = dict.fromkeys(key for mine in cells.values() for key in mine)
+    table = Table("task", *columns, title="score in %, with its 95% interval", box=SIMPLE)
+    for name, mine in cells.items():
+        table.add_row(name, *(mine.get(key, "") for key in columns))
+    Console().print(table)

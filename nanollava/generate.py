@@ -11,6 +11,7 @@ A second question on the same images reuses the keys and values that the first o
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -44,10 +45,12 @@ class Seen:
     def describe(self) -> str:
         """What the model saw, two lines per image, and how fast it answered."""
         pairs = zip(self.document.layouts, self.glyphs, strict=True)
-        return "\n".join([*(describe(lay, self.features, glyph) for lay, glyph in pairs), (
+        lines = [describe(lay, self.features, glyph) for lay, glyph in pairs]
+        lines.append(
             f"prompt {len(self.document.ids)} positions, {self.reused} reused; first token "
             f"{self.first:.3f} s, {len(self.written)} tokens in {self.seconds:.3f} s"
-        )])  # fmt: skip
+        )
+        return "\n".join(lines)
 
 
 def describe(lay: Layout, features: int, glyph: float = 0.0) -> str:
@@ -76,7 +79,7 @@ def describe(lay: Layout, features: int, glyph: float = 0.0) -> str:
 class Memory:
     """Keys and values of the last conversation, and what they stand for."""
 
-    cache: Cache | None = None
+    cache: Cache = field(default_factory=lambda: Cache([]))
     ids: list[int] = field(default_factory=list)
     pictures: object = None
 
@@ -90,61 +93,55 @@ class Assistant:
 
     @torch.inference_mode()
     def stream(
-        self, documents: Sequence[Document], room: int, template: str = "",
-        cache: Cache | None = None, skip: int = 0,
-    ) -> Iterator[list[int | None]]:  # fmt: skip
+        self, documents: Sequence[Document], room: int, cache: Cache | None = None
+    ) -> Iterator[list[int | None]]:
         """Yield each step's token of every document, None for those that have ended.
 
-        With a `cache` the first `skip` positions of the only document are in it already.
+        A `cache` holds what comes before the only document.
         """
-        model, keys = self.model, self.model.recipe
-        stops = stop_ids(model.tokenizer, template or keys.template)
-        row = pack([_after(d, skip) for d in documents], model.row.tile).to(model.newline.device)
+        model = self.model
+        stops = stop_ids(model.tokenizer, model.recipe.template)
+        row = pack(documents, model.row.tile).to(model.newline.device)
         lengths, cache = list(row.lengths), cache or Cache([len(d.ids) + room for d in documents])
-        alive, positions = [True] * len(documents), row.positions + skip
+        positions = row.positions + cache.used[0]
         with model.autocast():
             embeds = model.embed(row)  # (1, S, D)
         for _ in range(room):
             ids = self._next(embeds, positions, lengths, cache)
             found = iter(ids.tolist())
-            out = [next(found) if a else None for a in alive]
-            alive = [a and t not in stops for a, t in zip(alive, out, strict=True)]
-            yield [t if a else None for t, a in zip(out, alive, strict=True)]
-            if not any(alive):
+            out = [next(found) if n else None for n in lengths]
+            out = [None if token in stops else token for token in out]
+            yield out
+            lengths = [int(token is not None) for token in out]
+            if not any(lengths):
                 return
-            lengths = [int(a) for a in alive]
-            kept = [t for t, a in zip(out, alive, strict=True) if a]
-            at = [u for u, a in zip(cache.used, alive, strict=True) if a]
-            tokens, positions = torch.tensor([kept, at], device=ids.device)[:, None]
+            alive = [pair for pair in zip(out, cache.used, strict=True) if pair[0] is not None]
+            tokens, positions = torch.tensor(alive, device=ids.device).T[:, None]
             embeds = model.llm.get_input_embeddings()(tokens)  # (1, alive, D)
 
     def _next(self, embeds: Tensor, positions: Tensor, lengths: list[int], cache: Cache) -> Tensor:
         """One pass over a row; the likeliest next id of every document with positions in it."""
         with self.model.autocast():
-            hidden = self.model.read(embeds, positions, lengths, cache)
+            hidden = self.model.read(embeds, positions, lengths, cache=cache)
             ends = torch.tensor([n for n in lengths if n], device=hidden.device).cumsum(0) - 1
             ids = self.model.llm.lm_head(hidden[ends]).argmax(-1)
         cache.advance(lengths)
         return ids
 
-    def answer(self, documents: Sequence[Document], room: int, template: str = "") -> list[str]:
+    def answer(self, documents: Sequence[Document], room: int) -> list[str]:
         """Answers to a batch of prompts, each of at most `room` tokens."""
         written: list[list[int]] = [[] for _ in documents]
-        for step in self.stream(documents, room, template):
+        for step in self.stream(documents, room):
             for ids, token in zip(written, step, strict=True):
                 if token is not None:
                     ids.append(token)
         return self.model.tokenizer.batch_decode(written, skip_special_tokens=True)
 
     def chat(
-        self,
-        images: Picture | Sequence[Picture] | None,
-        text: str,
-        history: Sequence[tuple[str, str]] | None = None,
-        max_new_tokens: int = 128,
-        stream: bool = False,
-        **visual: str | int | bool | None,
-    ) -> str | Iterator[str]:
+        self, images: Picture | Sequence[Picture] | None, text: str,
+        history: Sequence[tuple[str, str]] | None = None, max_new_tokens: int = 128,
+        stream: bool = False, **visual: str | int | bool | None,
+    ) -> str | Iterator[str]:  # fmt: skip
         """Answer a question about images, after the (question, answer) pairs of `history`.
 
         `visual` replaces keys of the recipe's, e.g. max_grid="3x3", max_visual_tokens="10T".
@@ -158,12 +155,10 @@ class Assistant:
         for pair in history or []:
             if not isinstance(pair, (tuple, list)) or [type(x) for x in pair] != [str, str]:
                 raise ValueError(f"history has {pair!r:.80}; expected (question, answer) pairs")
-        questions = [*(history or []), (text, None)]
-        turns = []
-        for i, (question, reply) in enumerate(questions):
-            n = len(pictures) if i == 0 else 0
-            turns.append(Turn("user", f"{PLACEHOLDER}\n" * n + question, n))
-            turns += [Turn("assistant", reply)] if reply is not None else []
+        first, *further = (words for pair in [*(history or []), (text,)] for words in pair)
+        n = len(pictures)
+        turns = [Turn("user", f"{PLACEHOLDER}\n" * n + first, n)]
+        turns += [Turn(("assistant", "user")[i % 2], words) for i, words in enumerate(further)]
         document = self.model.writer(keys)(turns, pictures, name="chat", answer=True)
         key = (keys, [(x.size, hash(x.tobytes())) for x in pictures])
         glyphs = tuple(float(x.info.get("glyph_px", 0)) for x in pictures)
@@ -176,12 +171,13 @@ class Assistant:
         """Pieces of one answer; keeps its keys and values for the next question."""
         ids, start = document.ids.tolist(), time.perf_counter()
         skip = self._reusable(ids, key)
-        cache = Cache([len(ids) + room])
-        if skip:
-            cache = self.memory.cache.fork(0, cache.room, skip)
+        cache = self.memory.cache.fork(len(ids) + room, skip)
         self.seen = Seen(document, self.model.row.side**2, glyphs, skip)
         written, said = self.seen.written, ""
-        for (token,) in self.stream([document], room, cache=cache, skip=skip):
+        rest = replace(document, ids=document.ids[skip:], labels=document.labels[skip:])
+        if skip:  # no image is left: all of them are in the cache
+            rest = replace(rest, views=document.views[:0], layouts=())
+        for (token,) in self.stream([rest], room, cache):
             self.seen.first = self.seen.first or time.perf_counter() - start
             written += [] if token is None else [token]
             text = self.model.tokenizer.decode(written, skip_special_tokens=True)
@@ -199,22 +195,10 @@ class Assistant:
 
     def _reusable(self, ids: list[int], key: object) -> int:
         """How many first positions the last conversation shares: all of its images, or none."""
-        if self.memory.cache is None or self.memory.pictures != key:
+        if self.memory.pictures != key:
             return 0
-        pairs = zip(ids[:-1], self.memory.ids, strict=False)
-        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        shared = min(len(ids) - 1, len(self.memory.ids)) if shared is None else shared
+        shared = len(commonprefix([ids[:-1], self.memory.ids]))
         return shared if IMAGE not in ids[shared:] else 0
-
-
-def _after(document: Document, skip: int) -> Document:
-    """The document without its first positions, whose images are in the cache."""
-    if not skip:
-        return document
-    none = document.views[:0]
-    return replace(
-        document, ids=document.ids[skip:], labels=document.labels[skip:], views=none, layouts=()
-    )
 
 
 def load(run: str | Path, device: str = "") -> Assistant:

@@ -10,18 +10,9 @@ from functools import cache as cached
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
 from transformers.masking_utils import AttentionMaskInterface
 
 # The blog's LLMs, so that `plan` needs no network: width, blocks, heads, key-value heads, MLP
@@ -51,31 +42,27 @@ class Cache:
 
     def extend(self, layer: int, key: Tensor, value: Tensor, lengths: list[int]) -> list[Tensor]:
         """Append (H, S, d) of packed documents; returns each one's (2, H, length, d) so far."""
+        news = torch.stack([key, value]).split(lengths, 2)  # (2, H, S, d)
         if layer not in self.buffers:
             H, _, d = key.shape
             self.buffers[layer] = [key.new_empty(2, H, n, d) for n in self.room]
-        out, start = [], 0
-        for i, n in enumerate(lengths):
-            buffer, end = self.buffers[layer][i], self.used[i] + n
-            buffer[0, :, self.used[i] : end] = key[:, start : start + n]
-            buffer[1, :, self.used[i] : end] = value[:, start : start + n]
-            out.append(buffer[:, :, :end])
-            start += n
+        out = []
+        for buffer, start, new in zip(self.buffers[layer], self.used, news, strict=True):
+            out.append(buffer[:, :, : start + new.shape[2]])
+            out[-1][:, :, start:] = new
         return out
 
     def advance(self, lengths: list[int]) -> None:
         """Call once after a forward pass over all layers."""
         self.used = [u + n for u, n in zip(self.used, lengths, strict=True)]
 
-    def fork(self, i: int, room: list[int], length: int) -> "Cache":
-        """Several documents that all begin with the first `length` positions of document i."""
-        new = Cache(room)
-        new.used = [length] * len(room)
-        for layer, buffers in self.buffers.items():
-            H, d = buffers[i].shape[1], buffers[i].shape[3]
-            new.buffers[layer] = [buffers[i].new_empty(2, H, n, d) for n in room]
-            for buffer in new.buffers[layer]:
-                buffer[:, :, :length] = buffers[i][:, :, :length]
+    def fork(self, room: int, length: int) -> "Cache":
+        """One document that begins with the first `length` positions of this cache's only one."""
+        new = Cache([room])
+        new.used = [length]
+        for layer, (old,) in self.buffers.items():
+            new.buffers[layer] = [old.new_empty(2, old.shape[1], room, old.shape[3])]
+            new.buffers[layer][0][:, :, :length] = old[:, :, :length]
         return new
 
 
@@ -137,17 +124,14 @@ def packed_attention(
     return torch.cat(out, dim=1).transpose(0, 1)[None].to(dtype), None
 
 
-AttentionInterface.register("packed", packed_attention)
+transformers.AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)  # documents need no mask
 
 
 def _local(name: str) -> None:
     """A folder that should be there must be: a hub id has no leading dot or slash."""
     if name.startswith((".", "/", "~")) and not (Path(name) / "config.json").is_file():
-        raise FileNotFoundError(
-            f"llm: {name} has no config.json; give a folder with config.json, model.safetensors "
-            "and tokenizer files, or a hub id"
-        )
+        raise FileNotFoundError(f"llm: {name} has no config.json; give a whole folder or a hub id")
 
 
 def load_tokenizer(name: str):
@@ -158,37 +142,37 @@ def load_tokenizer(name: str):
     """
     _local(name)
     own = (Path(name) / "tokenizer.json").is_file()
-    return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(name)
+    kind = transformers.PreTrainedTokenizerFast if own else transformers.AutoTokenizer
+    return kind.from_pretrained(name)
 
 
-def config_of(name: str, random: bool = False) -> PretrainedConfig:
+def config_of(name: str, random: bool = False) -> transformers.PretrainedConfig:
     """An LLM's config; for `random` weights the blog's LLMs need no network."""
     _local(name)
     if random and name in LLMS:
         width, blocks, heads, kv_heads, ffn, words = LLMS[name]
         qwen = name.startswith("Qwen")
-        kind, theta, length = (Qwen2Config, 1e6, 32768) if qwen else (LlamaConfig, 1e4, 4096)
-        return kind(
+        kind, theta, length = ("qwen2", 1e6, 32768) if qwen else ("llama", 1e4, 4096)
+        return transformers.AutoConfig.for_model(
+            kind,
             hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads,
             num_key_value_heads=kv_heads, intermediate_size=ffn, vocab_size=words,
             max_position_embeddings=length, rope_theta=5e6 if "-4B-" in name else theta,
             rms_norm_eps=1e-6 if qwen else 1e-5, tie_word_embeddings="-0.5B-" in name,
         )  # fmt: skip
-    return AutoConfig.from_pretrained(name)
+    return transformers.AutoConfig.from_pretrained(name)
 
 
-def load_llm(name: str, weights: str = "published", dtype: torch.dtype = torch.float32):
-    """A causal LM with packed attention: `published` weights, or `random` ones of its config.
+def load_llm(name: str, weights: str = "published"):
+    """A float32 causal LM with packed attention: `published` weights, or `random` ones.
 
     Safetensors where there are any; else transformers reads the publisher's .bin, weights only.
     """
-    whole = config_of(name, weights == "random")
+    whole, kind = config_of(name, weights == "random"), transformers.AutoModelForCausalLM
     config = whole.get_text_config()  # its own object: the attention is set in it
+    keys = {"config": config, "attn_implementation": "packed"}
     if weights == "random":
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
-        return model.to(dtype)
+        return kind.from_config(**keys).float()
     if config is not whole:  # its weights have other names: the LLM would stay random
         raise ValueError(f"llm: {name} is a {whole.model_type}, not an LLM alone; give an LLM")
-    return AutoModelForCausalLM.from_pretrained(
-        name, config=config, attn_implementation="packed", dtype=dtype
-    )
+    return kind.from_pretrained(name, **keys, dtype=torch.float32)

@@ -5,7 +5,6 @@
 `pool_after_projector: false` swaps projector and pooling.
 """
 
-import json
 import os
 from os.path import commonprefix
 from pathlib import Path
@@ -65,9 +64,8 @@ class VLM(nn.Module):
         """bf16 where the device computes in it; parameters and the loss stay float32."""
         kind = self.newline.device.type
         able = kind == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        return torch.autocast(
-            kind, torch.bfloat16, enabled=able and self.recipe.precision == "auto"
-        )
+        able = able and self.recipe.precision == "auto"
+        return torch.autocast(kind, torch.bfloat16, enabled=able)
 
     def see(self, views: Tensor, layouts: tuple[Layout, ...]) -> Tensor:
         """uint8[N, 3, R, R], the views of all images -> visual tokens and newlines (V, D)."""
@@ -99,14 +97,15 @@ class VLM(nn.Module):
         nothing = self.projector(self.encoder(black)).sum() + self.newline.sum()
         return (row + 0 * nothing)[None]
 
-    def read(
-        self, row: Tensor, positions: Tensor, lengths: list[int], cache=None, watch=None
-    ) -> Tensor:
-        """The LLM over a row (1, S, D) of documents -> hidden states (S, D)."""
+    def read(self, row: Tensor, positions: Tensor, lengths: list[int], **keys) -> Tensor:
+        """The LLM over a row (1, S, D) of documents -> hidden states (S, D).
+
+        `keys` are for `packed_attention`: its cache, or what watches it.
+        """
         mask = row.new_ones(1, 1, 1, 1)  # unused: without one transformers 5 waits for the device
         return self.llm.model(
             inputs_embeds=row, position_ids=positions, attention_mask=mask, documents=lengths,
-            cache=cache, watch=watch, use_cache=False,
+            use_cache=False, **keys,
         ).last_hidden_state[0]  # fmt: skip
 
     def forward(self, pack: Pack) -> Tensor:
@@ -122,11 +121,11 @@ class VLM(nn.Module):
 
     def set_trainable(self, train: str) -> dict[str, int]:
         """Freeze all but what a stage trains; returns {part: parameters that train}."""
-        counts = {}
-        for name in ("encoder", "projector", "newline", "llm"):
-            part = getattr(self, name).requires_grad_(name in TRAIN[train])
-            size = part.numel() if name == "newline" else sum(p.numel() for p in part.parameters())
-            counts[name] = size if name in TRAIN[train] else 0
+        counts = dict.fromkeys(TRAIN["full"], 0)
+        for name, p in self.named_parameters():
+            part = name.split(".")[0]
+            p.requires_grad_(part in TRAIN[train])
+            counts[part] += p.numel() * p.requires_grad
         return counts
 
     def blocks(self) -> list[nn.Module]:
@@ -160,8 +159,7 @@ def save(model: VLM, folder: str | Path, state: dict[str, Tensor] | None = None)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_recipe(model.recipe, folder / "recipe.yaml")
-    config = json.loads(model.llm.config.to_json_string(use_diff=False))
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    model.llm.config.to_json_file(folder / "config.json", use_diff=False)
     model.tokenizer.save_pretrained(folder)
     state = {k: v.contiguous() for k, v in (state or model.state_dict()).items()}
     if model.llm.config.tie_word_embeddings:

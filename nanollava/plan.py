@@ -9,34 +9,32 @@ counted from shapes: parameters, gradients, Adam's two moments, and what the bac
 Hours are FLOPs at a stated share of the device's peak: an estimate, not a measurement.
 """
 
-import io
 import random
-import time
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import ceil
+from timeit import repeat
 from types import SimpleNamespace
 
 import psutil
 import torch
-from PIL import Image
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from nanollava.anyres import FORMATS, Layout
-from nanollava.cost import forward_flops, rates, step_flops
-from nanollava.data import split_images, stored
+from nanollava.anyres import Layout, open_image
+from nanollava.cost import PARTS, count, rates, step_flops
+from nanollava.data import split_images, stored, usable
 from nanollava.encoder import ENCODERS, build
 from nanollava.llm import load_llm, load_tokenizer
 from nanollava.model import TRAIN
 from nanollava.projector import Projector
-from nanollava.prompts import encode, read_turns
+from nanollava.prompts import read_turns
 from nanollava.recipe import Recipe, Stage
 from nanollava.runs import steps_of
-from nanollava.sequence import Writer, expand
-from nanollava.sources import images_of, records
+from nanollava.sequence import Writer
+from nanollava.sources import records
 
 # Dense bf16 FLOP/s of the data sheet, bytes of memory.
 DEVICES = {
@@ -59,33 +57,15 @@ class Sketch:
     learned: int
 
 
-Mix = list[tuple[Sketch, float]]
-
-
-def upright_size(data: bytes) -> tuple[int, int]:
-    """(W, H) of an image file by its header, turned as EXIF says."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-    return image.size[:: -1 if image.getexif().get(0x0112, 1) > 4 else 1]
-
-
-def look(recipe: Recipe, name: str) -> Iterator[tuple[list, list[bytes]]]:
-    """Conversations and images of a source's shards, or of its first records where it is local."""
-    rows, source = stored(recipe, name), recipe.sources[name]
-    if rows is not None:
-        for i in random.Random(0).sample(range(len(rows)), min(LIMIT, len(rows))):
-            yield rows[i]["conversations"], split_images(rows[i]["image"], rows[i]["sizes"])
-    else:
-        for row in islice(records(source, recipe.seed), LIMIT):
-            yield row["conversations"], images_of(row)
+Mix = list[tuple[Sketch, float]]  # each with the number of samples that it stands for
 
 
 def sketches(recipe: Recipe, name: str, writer: Writer) -> tuple[list[Sketch], str]:
     """Documents of a source, and how they are known."""
-    source = recipe.sources[name]
-    if "hf://" in source.path and stored(recipe, name) is None:
+    rows, source, out = stored(recipe, name), recipe.sources[name], []
+    if rows is None and "hf://" in source.path:
         if not source.assume.sizes:
             raise ValueError(f"sources.{name}: neither shards (run prepare) nor `assume.sizes`")
-        out = []
         for size, share in source.assume.sizes.items():
             W, _, H = size.partition("x")
             images = [SimpleNamespace(size=(int(W), int(H)))] if H else []  # "none": text only
@@ -93,13 +73,16 @@ def sketches(recipe: Recipe, name: str, writer: Writer) -> tuple[list[Sketch], s
             length = source.assume.text + sum(lay.length for lay in layouts)
             out += [Sketch(range(length), layouts, source.assume.learned)] * round(100 * share)
         return out, "assumed"
-    writer, out = replace(writer, tokenizer=load_tokenizer(recipe.llm)), []
-    for conversations, images in look(recipe, name):
-        layouts = writer.layouts([SimpleNamespace(size=upright_size(data)) for data in images])
-        turns = read_turns(conversations, len(images))
-        words, marks = encode(writer.tokenizer, turns, writer.template, writer.label_mask)
-        ids, labels = expand(words, marks, layouts)
-        out.append(Sketch(range(len(ids)), layouts, int((labels[1:] >= 0).sum())))
+    if rows is None:
+        found = usable(islice(records(source, recipe.seed), LIMIT), [])
+    else:
+        some = random.Random(0).sample(range(len(rows)), min(LIMIT, len(rows)))
+        found = ((row, split_images(row["image"], row["sizes"])) for row in (rows[i] for i in some))
+    writer = replace(writer, tokenizer=load_tokenizer(recipe.llm))
+    for row, images in found:
+        turns = read_turns(row["conversations"], len(images))
+        document = writer(turns, [open_image(data) for data in images], name=name)
+        out.append(Sketch(range(len(document.ids)), document.layouts, document.learned))
     return out, f"measured on {len(out)}"
 
 
@@ -169,61 +152,43 @@ def advice(recipe: Recipe, name: str, stage: Stage, need: dict[str, float], room
     return f"stages.{name}.microbatch_tokens={tokens}, or a lower visual.max_visual_tokens"
 
 
-def mix_of(recipe: Recipe, stage: Stage, writer: Writer) -> tuple[Mix, dict[str, str]]:
-    """A stage's documents, each with the number of samples that it stands for."""
-    mix, known = [], {}
-    for name, times in stage.sources.items():
-        if times:
-            mine, known[name] = sketches(recipe, name, writer)
-            each = times * count_of(recipe, name) / len(mine)
-            mix += [(sketch, each) for sketch in mine]
-    return mix, known
-
-
 def cpu_peak() -> float:
     """FLOP/s of this machine's processor on a large float32 matrix product."""
-    x, best = torch.rand(2048, 2048), 0.0
-    for _ in range(5):
-        begin = time.perf_counter()
-        x @ x
-        best = max(best, 2 * 2048**3 / (time.perf_counter() - begin))
-    return best
+    seconds = repeat("x @ x", number=1, globals={"x": torch.rand(2048, 2048)})
+    return 2 * 2048**3 / min(seconds)
 
 
 def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, device: str, devices: int,
                share: float) -> dict:  # fmt: skip
     """One stage's samples, steps, tokens, FLOPs, memory and hours."""
-    stage, (peak, room) = recipe.stages[name], DEVICES[device]
-    peak = peak or cpu_peak()
-    visual, row = recipe.visual, parts.row
-    visual = visual if stage.anyres else replace(visual, max_grid="base")
+    stage, row, (peak, room) = recipe.stages[name], parts.row, DEVICES[device]
+    visual = recipe.visual if stage.anyres else replace(recipe.visual, max_grid="base")
     writer = Writer(None, visual, row.tile, row.side, stage.template or recipe.template,
                     recipe.label_mask, recipe.max_length)  # fmt: skip
-    mix, known = mix_of(recipe, stage, writer)
+    mix: Mix = []
+    known = {}
+    for source, times in stage.mix.items():
+        mine, known[source] = sketches(recipe, source, writer)
+        mix += [(sketch, times * count_of(recipe, source) / len(mine)) for sketch in mine]
     samples = sum(n for _, n in mix)
     steps = steps_of(stage, int(samples) // stage.batch_size)
-    parted, after = rates(parts), visual.pool_after_projector
-    forward = {}
+    mean = Counter()  # of a sample
     for sketch, n in mix:
-        for part, flops in forward_flops(parted, [sketch], row.side**2, after).items():
-            forward[part] = forward.get(part, 0) + flops * n * steps * stage.batch_size / samples
-    again = sum(forward.values()) if stage.checkpoint_activations else 0  # the forward pass again
-    total = step_flops(forward, TRAIN[stage.train])
-    mean = {
-        "positions": sum(len(s.ids) * n for s, n in mix) / samples,
-        "visual": sum(y.tokens * n for s, n in mix for y in s.layouts) / samples,
-        "views": sum(y.views * n for s, n in mix for y in s.layouts) / samples,
-        "learned": sum(s.learned * n for s, n in mix) / samples,
-        "longest": max(len(s.ids) for s, _ in mix),
-    }
+        counts = count([sketch], row.side**2, visual.pool_after_projector)
+        mean.update({key: value * n / samples for key, value in counts.items()})
+    forward = {part: rate * mean[PARTS[part][0]] * steps * stage.batch_size
+               for part, rate in rates(parts).items()}  # fmt: skip
+    mean["longest"] = max(len(sketch.ids) for sketch, _ in mix)
+    flops = step_flops(forward, TRAIN[stage.train])
+    again = sum(forward.values()) * stage.checkpoint_activations  # the forward pass again
     dtype = "fp32" if device == "cpu" or recipe.precision == "fp32" else "bf16"
     need = memory(recipe, stage, parts, mean, devices, dtype)
     fits = sum(need.values()) < 0.95 * room
     return {
         "known": known, "samples": round(samples), "steps": steps, **mean,
-        "padding": padding(mix), "forward": forward, "flops": total, "memory": need,
+        "padding": padding(mix), "forward": forward, "flops": flops, "memory": need,
         "change": "" if fits else advice(recipe, name, stage, need, room),
-        "hours": (total + again) / (peak * share * devices) / 3600,
+        "hours": (flops + again) / ((peak or cpu_peak()) * share * devices) / 3600,
     }  # fmt: skip
 
 
@@ -239,22 +204,23 @@ def plan(recipe: Recipe, device: str = "h200", devices: int = 1, share: float = 
 
 def show(stages: dict[str, dict], title: str) -> None:
     """Print a plan, a column for each stage."""
-    table = Table("", *stages, title=title, box=SIMPLE)
-    columns = []
-    for x in stages.values():
-        forward, gigabytes = sum(x["forward"].values()), sum(x["memory"].values())
-        columns.append({
+    columns = {}
+    for name, x in stages.items():
+        forward = sum(x["forward"].values())
+        gigabytes = {**x["memory"], "in all": sum(x["memory"].values())}
+        columns[name] = {
             **{key: f"{x[key]:,}" for key in ("samples", "steps")},
             **{f"{key} per sample": f"{x[key]:,.1f}" for key in
                ("views", "positions", "visual", "learned")},
             "longest sample": f"{x['longest']:,}", "padding would add": f"{x['padding']:.0%}",
             **{f"forward, {part}": f"{n / forward:.0%}" for part, n in x["forward"].items()},
             "PFLOPs in all": f"{x['flops'] / 1e15:,.4g}",
-            **{f"GB, {part}": f"{n / 1e9:,.2f}" for part, n in x["memory"].items()},
-            "GB in all": f"{gigabytes / 1e9:,.2f}", "hours": f"{x['hours']:,.3g}",
-        })  # fmt: skip
-    for key in columns[0]:
-        table.add_row(key, *(column[key] for column in columns))
+            **{f"GB, {part}": f"{n / 1e9:,.2f}" for part, n in gigabytes.items()},
+            "hours": f"{x['hours']:,.3g}",
+        }  # fmt: skip
+    table = Table("", *stages, title=title, box=SIMPLE)
+    for key in next(iter(columns.values())):
+        table.add_row(key, *(column[key] for column in columns.values()))
     Console().print(table)
     for name, x in stages.items():
         print(f"{name}: " + ", ".join(f"{source} {how}" for source, how in x["known"].items()))

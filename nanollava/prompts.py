@@ -64,32 +64,26 @@ def read_turns(conversations: Sequence[dict], images: int) -> list[Turn]:
     """
     if not conversations:
         raise ValueError("the conversation is empty; expected turns from human and gpt")
-    turns, found = [], 0
+    turns: list[Turn] = []
     for i, message in enumerate(conversations):
-        expected = ("human", "gpt")[i % 2]
+        expected, role = (("human", "user"), ("gpt", "assistant"))[i % 2]
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
             raise ValueError(f"turn {i} is {message!r:.80}; expected a from and a text value")
         if message.get("from") != expected:
             raise ValueError(f"turn {i} is from {message.get('from')!r}; expected {expected!r}")
-        text, count = message["value"].strip(), 0
-        if expected == "human":
-            count = text.count(PLACEHOLDER)
-            if count == 1:
-                rest = text.replace(PLACEHOLDER, "").strip()
-                text = f"{PLACEHOLDER}\n{rest}" if rest else PLACEHOLDER
-        found += count
-        turns.append(Turn("user" if expected == "human" else "assistant", text, count))
+        text = message["value"].strip()
+        count = text.count(PLACEHOLDER) if role == "user" else 0
+        if count == 1:
+            text = f"{PLACEHOLDER}\n{text.replace(PLACEHOLDER, '').strip()}".strip()
+        turns.append(Turn(role, text, count))
+    found = sum(turn.images for turn in turns)
     if found != images:
-        raise ValueError(
-            f"{found} {PLACEHOLDER} in the conversation for {images} images; they must match"
-        )
+        raise ValueError(f"{found} {PLACEHOLDER} in the conversation for {images} images")
     return turns
 
 
-def _pieces(
-    turns: Sequence[Turn], template: Template, answer: bool
-) -> Iterator[tuple[str | None, bool, bool]]:
-    """Yield (text, or None for an image; is it learned?; may it hold special tokens?)."""
+def _pieces(turns: Sequence[Turn], template: Template, answer: bool) -> Iterator[tuple]:
+    """Yield (text, is it learned?, is it markup: special tokens, PLACEHOLDER for an image?)."""
     yield template.start, False, True
     head = template.assistant.rstrip(" ")  # its space begins the answer's first token: learned
     for turn in turns:
@@ -100,11 +94,12 @@ def _pieces(
             yield template.after, False, True
             continue
         yield template.user[0], False, True
-        *before, last = turn.text.split(PLACEHOLDER, turn.images)
+        words = turn.text if not template.images_only else PLACEHOLDER * turn.images
+        *before, last = words.split(PLACEHOLDER, turn.images)
         for text in before:
-            yield "" if template.images_only else text, False, False
-            yield None, False, False
-        yield "" if template.images_only else last, False, False
+            yield text, False, False
+            yield PLACEHOLDER, False, True
+        yield last, False, False
         yield template.user[1], False, True
     if answer:
         yield head, False, True
@@ -113,14 +108,13 @@ def _pieces(
 def _runs(pieces: Iterable[tuple], specials: Sequence[str]) -> Iterator[tuple]:
     """Merge the text between special tokens and images.
 
-    Yield (text, learned? of each character, False), or (special token or None, learned?, True).
+    Yield (text, learned? of each character, False), or (token or PLACEHOLDER, learned?, True).
     """
     pattern = "(" + "|".join(map(re.escape, specials)) + ")"
     text, learned = "", []
     for piece, learn, markup in pieces:
-        parts = re.split(pattern, piece) if markup and specials else [piece]
-        for part in parts:
-            if part is None or (markup and part in specials):
+        for part in re.split(pattern, piece) if markup else [piece]:
+            if markup and part in specials:
                 yield text, learned, False
                 yield part, [learn], True
                 text, learned = "", []
@@ -130,12 +124,9 @@ def _runs(pieces: Iterable[tuple], specials: Sequence[str]) -> Iterator[tuple]:
 
 
 def encode(
-    tokenizer: Any,
-    turns: Sequence[Turn],
-    template: str,
-    label_mask: str = "answers",
+    tokenizer: Any, turns: Sequence[Turn], template: str, label_mask: str = "answers",
     answer: bool = False,
-) -> tuple[list[int], list[int]]:
+) -> tuple[list[int], list[int]]:  # fmt: skip
     """Turns -> ids and labels of equal length; each image is one IMAGE id.
 
     `answer` ends the ids where an answer begins, for generation. Raises ValueError when the
@@ -146,9 +137,11 @@ def encode(
     if missing:
         raise ValueError(f"template {template} needs {missing}, which this tokenizer has not")
     ids, labels = [], []
-    for text, learned, whole in _runs(_pieces(turns, form, answer), form.specials):
+    pieces = _pieces(turns, form, answer)
+    for text, learned, whole in _runs(pieces, (*form.specials, PLACEHOLDER)):
         if whole:
-            ids.append(IMAGE if text is None else tokenizer.convert_tokens_to_ids(text))
+            image = text == PLACEHOLDER
+            ids.append(IMAGE if image else tokenizer.convert_tokens_to_ids(text))
             labels.append(ids[-1] if learned[0] else IGNORE)
         elif text:
             out = tokenizer(text, add_special_tokens=False, split_special_tokens=True,
@@ -165,15 +158,14 @@ def _released(tokenizer: Any, ids: list[int], labels: list[int], form: Template)
     """
     if "<|im_start|>" not in form.specials:
         return labels
-    start, end = map(tokenizer.convert_tokens_to_ids, form.specials)
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    header = tokenizer(form.assistant.replace("<|im_start|>", ""), add_special_tokens=False)
-    header, out = header["input_ids"], list(labels)
+    newline, header = (tokenizer(text, add_special_tokens=False)["input_ids"]
+                       for text in ("\n", form.assistant))  # fmt: skip
+    always, out = {*tokenizer.convert_tokens_to_ids(form.specials), *newline}, list(labels)
     for i, token in enumerate(ids):
-        if token in (start, end, *newline):
+        if token in always:
             out[i] = token
-        if token == start and ids[i + 1 : i + 1 + len(header)] == header:
-            out[i + 1 : i + 1 + len(header)] = header
+        if ids[i : i + len(header)] == header:
+            out[i : i + len(header)] = header
     return out
 
 

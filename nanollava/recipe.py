@@ -71,6 +71,11 @@ class Stage:
     checkpoint_activations: bool = False
     save_interval: int = 500  # steps between checkpoints
 
+    @property
+    def mix(self) -> dict[str, float]:
+        """The sources that are seen at all."""
+        return {name: times for name, times in self.sources.items() if times}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -113,18 +118,15 @@ class Recipe:
     settings: dict[str, dict[str, str]] = field(default_factory=dict)  # name: visual keys
 
 
-CHOICES = {
-    "encoder": ENCODERS,
-    "connector": ACTIVATIONS,
-    "template": TEMPLATES,
-    "label_mask": MASKS,
-    "precision": ("auto", "fp32"),
-    "visual.pooling": ("bilinear", "average"),
-    "visual.arrange": ("raster", "flat"),
-    "visual.budget": ("per_view", "mosaic"),
-}
-
-
+CHOICES = {  # of a key in one of these parts
+    Recipe: {"encoder": ENCODERS, "connector": ACTIVATIONS, "template": TEMPLATES,
+             "label_mask": MASKS, "precision": ("auto", "fp32")},
+    Visual: {"pooling": ("bilinear", "average"), "arrange": ("raster", "flat"),
+             "budget": ("per_view", "mosaic")},
+    Stage: {"train": ("projector", "projector+llm", "full"), "template": ("", *TEMPLATES)},
+    Task: {"metric": METRICS},
+    Source: {},
+}  # fmt: skip
 LEAST = {  # of a key wherever it stands
     "seed": 0, "workers": 0, "max_length": 1, "lift": 0, "pool_stride": 1, "samples": 0,
     "lr": 0, "vision_lr": 0, "projector_lr": 0, "batch_size": 1, "microbatch_tokens": 1,
@@ -144,13 +146,12 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(tree, DictConfig):
         raise ValueError(f"{path} is no mapping of keys to values")
-    for key in [k for k in tree if str(k).startswith(PROGRAM)]:
-        del tree[key]
-    base = tree.pop("base", None)
-    tree = OmegaConf.create(_absolute(OmegaConf.to_container(tree), path.parent))
+    keys = {k: v for k, v in OmegaConf.to_container(tree).items() if not str(k).startswith(PROGRAM)}
+    base = keys.pop("base", None)
+    keys = OmegaConf.create(_absolute(keys, path.parent))
     if not base:
-        return tree
-    return OmegaConf.merge(read_yaml((path.parent / base).resolve(), (*above, path)), tree)
+        return keys
+    return OmegaConf.merge(read_yaml((path.parent / base).resolve(), (*above, path)), keys)
 
 
 def _absolute(value: Any, folder: Path) -> Any:
@@ -168,9 +169,11 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None, **changes:
     Raises ValueError for an unknown key (with the nearest known one), a wrong type or a value
     that cannot work.
     """
-    bad = [o for o in overrides or [] if "=" not in o]
-    if bad:
-        raise ValueError(f"{bad[0]!r} is no override: write key=value, e.g. stages.stage2.lr=1e-5")
+    for word in overrides or []:
+        if "=" not in word:
+            raise ValueError(
+                f"{word!r} is no override: write key=value, e.g. stages.stage2.lr=1e-5"
+            )
     try:
         typed = OmegaConf.merge(
             OmegaConf.structured(Recipe), read_yaml(Path(path).resolve()),
@@ -190,14 +193,14 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None, **changes:
 
 def check(recipe: Recipe) -> Recipe:
     """Refuse what cannot work before anything is loaded."""
-    flat = {**vars(recipe), **{f"visual.{k}": v for k, v in vars(recipe.visual).items()}}
-    for key, known in CHOICES.items():
-        if flat[key] not in known:
-            raise ValueError(f"{key}: {flat[key]!r} is unknown; choose from {', '.join(known)}")
     parts = {"": recipe, "visual.": recipe.visual}
     for kind in ("sources", "stages", "tasks"):
         parts |= {f"{kind}.{k}.": x for k, x in getattr(recipe, kind).items() if x}
     for where, part in parts.items():
+        for key, known in CHOICES[type(part)].items():
+            if (value := getattr(part, key)) not in known:
+                told = f"{where}{key}: {value!r} is unknown"
+                raise ValueError(f"{told}; choose from {', '.join(filter(None, known))}")
         for key, least in LEAST.items():
             if not getattr(part, key, least) >= least:  # a nan is not, either
                 raise ValueError(f"{where}{key}: {getattr(part, key)}; expected {least} or more")
@@ -206,36 +209,27 @@ def check(recipe: Recipe) -> Recipe:
         raise ValueError("visual.arrange: flat needs budget per_view; a mosaic is one raster")
     for a, b in parse_grids(visual.max_grid):  # the size that fills this grid finds its errors
         layout((max(a, 1) * row.tile, max(b, 1) * row.tile), visual, row.tile, row.side)
-    for name, task in recipe.tasks.items():
-        if task and task.metric not in METRICS:
-            raise ValueError(f"tasks.{name}.metric: {task.metric!r}; known: {', '.join(METRICS)}")
     for name, stage in recipe.stages.items():
         if stage:
-            _check_stage(recipe, name, stage)
+            _check_stage(recipe, f"stages.{name}", stage)
     return recipe
 
 
-def _check_stage(recipe: Recipe, name: str, stage: Stage) -> None:
+def _check_stage(recipe: Recipe, where: str, stage: Stage) -> None:
     if not stage.sources:
-        raise ValueError(f"stages.{name} has no sources; the stages are {list(recipe.stages)}")
-    for source in stage.sources:
-        if source not in recipe.sources:
-            raise ValueError(
-                f"stages.{name}.sources: {source!r} is not among the recipe's sources "
-                f"{list(recipe.sources)}"
-            )
+        raise ValueError(f"{where} has no sources; the stages are {list(recipe.stages)}")
+    known = list(recipe.sources)
     for source, times in stage.sources.items():
+        if source not in known:
+            raise ValueError(
+                f"{where}.sources: {source!r} is not among the recipe's sources {known}"
+            )
         if not times >= 0:
-            raise ValueError(f"stages.{name}.sources.{source}: {times}; expected 0 or more")
+            raise ValueError(f"{where}.sources.{source}: {times}; expected 0 or more")
     if not re.fullmatch(r"[1-9]\d*(ep|ba)", stage.duration):
-        raise ValueError(f"stages.{name}.duration: {stage.duration!r}; write '2ep' or '500ba'")
+        raise ValueError(f"{where}.duration: {stage.duration!r}; write '2ep' or '500ba'")
     if stage.warmup > 1:
-        raise ValueError(f"stages.{name}.warmup: {stage.warmup}; expected a share of the duration")
-    choices = {"train": ("projector", "projector+llm", "full"), "template": ("", *TEMPLATES)}
-    for key, known in choices.items():
-        value = getattr(stage, key)
-        if value not in known:
-            raise ValueError(f"stages.{name}.{key}: {value!r}; choose from {list(known)}")
+        raise ValueError(f"{where}.warmup: {stage.warmup}; expected a share of the duration")
 
 
 def with_visual(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
@@ -254,15 +248,14 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 def used_sources(recipe: Recipe) -> set[str]:
     """The names of the sources that a stage uses."""
-    stages = [stage for stage in recipe.stages.values() if stage]
-    return {name for stage in stages for name, times in stage.sources.items() if times}
+    return {name for stage in recipe.stages.values() if stage for name in stage.mix}
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
     """'key: old -> new' for each key that makes b another run than a."""
     old, new = _run_keys(a), _run_keys(b)
-    keys = sorted(old.keys() | new.keys())
-    return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
+    pairs = [(key, old.get(key), new.get(key)) for key in sorted(old | new)]
+    return [f"{key}: {x} -> {y}" for key, x, y in pairs if x != y]
 
 
 def _run_keys(recipe: Recipe) -> dict[str, Any]:

@@ -31,11 +31,8 @@ def check_run(recipe: Recipe) -> None:
     begun = file.exists() and (file.parent / "losses.csv").exists()
     changed = differences(read_recipe(file), recipe) if begun else []
     if changed and not recipe.fresh:
-        raise ValueError(
-            f"{recipe.run} holds a run of another recipe:\n  "
-            + "\n  ".join(changed)
-            + "\nGive another folder (run=...), or fresh=true to delete it and start anew"
-        )
+        told = "\n  ".join([f"{recipe.run} holds a run of another recipe:", *changed])
+        raise ValueError(f"{told}\nGive another folder (run=...), or fresh=true to delete it")
 
 
 def open_run(recipe: Recipe, processes: int) -> None:
@@ -43,9 +40,7 @@ def open_run(recipe: Recipe, processes: int) -> None:
     run = Path(recipe.run)
     if recipe.fresh and run.exists():
         if any(run.iterdir()) and not (run / "recipe.yaml").exists():
-            raise ValueError(
-                f"fresh=true would delete {run}, which is no run folder: remove it first"
-            )
+            raise ValueError(f"fresh=true would delete {run}, no run folder: remove it first")
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
     write_recipe(replace(recipe, fresh=False), run / "recipe.yaml")
@@ -96,38 +91,19 @@ class Expected:
         lines = Path(reference).read_text().splitlines() if reference else []
         rows = [row for row in csv.DictReader(lines) if row["stage"] == stage]
         self.last: deque[float] = deque(maxlen=10)
-        self.band = {int(r["step"]): (r["low"], r["high"]) for r in rows if len(rows) == steps}
+        rows = rows if len(rows) == steps else []
+        self.band = {int(r["step"]): f" (expected {r['low']}-{r['high']})" for r in rows}
 
     def tell(self, step: int, loss: float) -> str:
         """A postfix for a progress bar: "loss 0.312 (expected 0.28-0.33)"."""
         self.last.append(loss)
-        told = f"loss {sum(self.last) / len(self.last):.3f}"
-        low, high = self.band.get(step, ("", ""))
-        return f"{told} (expected {low}-{high})" if low else told
-
-
-def write_reference(runs: Iterable[str | Path], out: str | Path) -> None:
-    """The band of several runs of one recipe, as the recipe's `reference` key expects it."""
-    told: dict[tuple[str, int], list[float]] = {}
-    for run in runs:
-        last: dict[str, deque] = {}
-        for row in (row for row in read_losses(run) if row["source"] == "all"):
-            window = last.setdefault(row["stage"], deque(maxlen=10))
-            window.append(float(row["loss"]))
-            told.setdefault((row["stage"], int(row["step"])), []).append(sum(window) / len(window))
-    with Path(out).open("w", newline="") as file:
-        csv.writer(file).writerows([("stage", "step", "low", "high"), *(
-            (*place, f"{min(means) * 0.95:.2f}", f"{max(means) * 1.05:.2f}")
-            for place, means in told.items()
-        )])  # fmt: skip
+        return f"loss {sum(self.last) / len(self.last):.3f}" + self.band.get(step, "")
 
 
 def steps_of(stage: Stage, batches: int) -> int:
     """Optimizer steps of a stage whose loader has `batches` in an epoch."""
     if not batches:
-        raise ValueError(
-            f"the stage's sources hold fewer samples than batch_size {stage.batch_size}"
-        )
+        raise ValueError(f"the sources hold fewer samples than batch_size {stage.batch_size}")
     times, unit = int(stage.duration[:-2]), stage.duration[-2:]
     return times * batches if unit == "ep" else times
 
@@ -137,7 +113,7 @@ def announce(name: str, stage: Stage, counts: dict[str, int], steps: int) -> Non
     train = ", ".join(f"{part} {n:,}" for part, n in counts.items() if n)
     vision = f", vision {stage.vision_lr:g}" if counts["encoder"] else ""
     frozen = ", ".join(part for part, n in counts.items() if not n) or "nothing"
-    mix = ", ".join(f"{source} x {times:g}" for source, times in stage.sources.items() if times)
+    mix = ", ".join(f"{source} x {times:g}" for source, times in stage.mix.items())
     print(
         f"\n{name}: trains {train} parameters (lr {stage.lr:g}{vision}); "
         f"frozen: {frozen}\n  {steps:,} steps of {stage.batch_size} samples: {mix}"

@@ -74,12 +74,10 @@ def expand(
 ) -> tuple[Tensor, Tensor]:
     """Replace each IMAGE id by as many as its image has positions; int64[S] ids and labels."""
     assert sum(i == IMAGE for i in ids) == len(layouts), (ids.count(IMAGE), len(layouts))
-    long_ids, long_labels, each = [], [], iter(layouts)
-    for token, label in zip(ids, labels, strict=True):
-        n = next(each).length if token == IMAGE else 1
-        long_ids += [token] * n
-        long_labels += [label] * n
-    return torch.tensor(long_ids), torch.tensor(long_labels)
+    each = iter(layouts)
+    times = torch.tensor([next(each).length if i == IMAGE else 1 for i in ids], dtype=torch.int64)
+    pairs = torch.tensor([ids, labels], dtype=torch.int64).repeat_interleave(times, 1)
+    return pairs[0], pairs[1]
 
 
 @dataclass(frozen=True)
@@ -100,13 +98,9 @@ class Writer:
         return tuple(layout(image.size, alone, self.tile, self.side) for image in images)
 
     def __call__(
-        self,
-        turns: Sequence[Turn],
-        images: Sequence[Image],
-        name: str = "",
-        source: str = "",
+        self, turns: Sequence[Turn], images: Sequence[Image], name: str = "", source: str = "",
         answer: bool = False,
-    ) -> Document:
+    ) -> Document:  # fmt: skip
         """A document; with `answer` it ends where an answer begins, for generation.
 
         One over `max_length` loses its last words, with a warning. Raises ValueError where image
@@ -122,11 +116,9 @@ class Writer:
             ids, labels = ids[:most], labels[:most]
         if len(ids) > most:
             visual, sizes = sum(lay.length for lay in layouts), [lay.size for lay in layouts]
-            raise ValueError(
-                f"sample {name}: {len(ids)} positions, {visual} of them for images of {sizes} "
-                f"pixels; max_length is {most}. "
-                "Raise max_length or lower visual.max_visual_tokens"
-            )
+            told = f"{len(ids)} positions, {visual} of them for images of {sizes} pixels"
+            advice = f"max_length is {most}. Raise it or lower visual.max_visual_tokens"
+            raise ValueError(f"sample {name}: {told}; {advice}")
         if not answer and not (labels[1:] != IGNORE).any():
             raise ValueError(f"sample {name}: no supervised token; an answer is empty or missing")
         none = torch.zeros(0, 3, self.tile, self.tile, dtype=torch.uint8)
@@ -136,27 +128,23 @@ class Writer:
 
 def pack(documents: Sequence[Document], tile: int) -> Pack:
     """Lay documents end to end; without any, one position that predicts nothing."""
-    ids = torch.cat([d.ids for d in documents]) if documents else torch.zeros(1, dtype=torch.int64)
-    lengths = tuple(len(d.ids) for d in documents) or (1,)
-    predict, targets, owner, start = [], [], [], 0
-    for i, d in enumerate(documents):
-        at = (d.labels[1:] != IGNORE).nonzero()[:, 0]
-        predict.append(at + start)
-        targets.append(d.labels[at + 1])
-        owner.append(torch.full_like(at, i))
-        start += len(d.ids)
-    none = torch.zeros(0, dtype=torch.int64)
-    visual, nothing = ids == IMAGE, torch.zeros(0, 3, tile, tile, dtype=torch.uint8)
+    zero, nothing = torch.zeros(1, dtype=torch.int64), torch.zeros(0, 3, tile, tile).byte()
+    documents = documents or [Document(zero, zero, nothing, ())]
+    lengths = [len(d.ids) for d in documents]
+    ids, labels = (torch.cat([getattr(d, key) for d in documents]) for key in ("ids", "labels"))
+    first = torch.tensor([0, *lengths[:-1]]).cumsum(0)  # it has nothing that could predict it
+    learned = (labels.index_fill(0, first, IGNORE) != IGNORE).nonzero()[:, 0]
+    owner = torch.arange(len(documents)).repeat_interleave(torch.tensor(lengths))
     return Pack(
-        ids=ids.masked_fill(visual, 0),
-        visual=visual.nonzero()[:, 0],
+        ids=ids.masked_fill(ids == IMAGE, 0),
+        visual=(ids == IMAGE).nonzero()[:, 0],
         positions=torch.cat([torch.arange(n) for n in lengths])[None],
-        predict=torch.cat([none, *predict]),
-        targets=torch.cat([none, *targets]),
-        owner=torch.cat([none, *owner]),
-        views=torch.cat([nothing, *(d.views for d in documents)]),
+        predict=learned - 1,
+        targets=labels[learned],
+        owner=owner[learned],
+        views=torch.cat([d.views for d in documents]),
         layouts=tuple(lay for d in documents for lay in d.layouts),
-        lengths=lengths,
+        lengths=tuple(lengths),
         sources=tuple(d.source for d in documents),
     )
 
@@ -167,13 +155,12 @@ def split(documents: Sequence[Document], budget: int) -> list[list[Document]]:
     A document longer than the budget gets a pack of its own.
     """
     packs: list[list[Document]] = []
-    room: list[int] = []
     for document in sorted(documents, key=lambda d: -len(d.ids)):
-        n = len(document.ids)
-        i = next((i for i, left in enumerate(room) if n <= left), len(packs))
-        if i == len(packs):
-            packs.append([])
-            room.append(budget)
-        packs[i].append(document)
-        room[i] -= n
+        room = budget - len(document.ids)
+        fitting = (p for p in packs if sum(len(d.ids) for d in p) <= room)
+        found = next(fitting, None)
+        if found is None:
+            packs.append([document])
+        else:
+            found.append(document)
     return packs

@@ -9,9 +9,10 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Student(ComposerModel):
     def __init__(self, model: VLM, stage: Stage):
         super().__init__()
         self.model, self.train_set, self.rates = model, TRAIN[stage.train], rates(model)
-        self.sources = [name for name, times in stage.sources.items() if times]
+        self.sources = list(stage.mix)
         self.table = torch.zeros(len(self.sources), 2, dtype=torch.float64)  # loss sum, tokens
 
     def forward(self, packed: Pack) -> Tensor:
@@ -71,17 +72,13 @@ def over_processes(values: Tensor, operation: str) -> Tensor:
     return values.cpu()
 
 
-def splitter(tile: int) -> Callable[[list[Document], int], list[Pack]]:
+def split_batch(documents: list[Document], budget: int, tile: int) -> list[Pack]:
     """Documents -> packs of at most `budget` positions, as many on every process."""
-
-    def split_batch(documents: list[Document], budget: int) -> list[Pack]:
-        packs = split(documents, budget)
-        most = int(over_processes(torch.tensor(len(packs)), "MAX"))
-        # A process that has run out of documents still takes part in every reduction.
-        packs += [[] for _ in range(most - len(packs))]
-        return [pack(documents, tile) for documents in packs]
-
-    return split_batch
+    packs = split(documents, budget)
+    most = int(over_processes(torch.tensor(len(packs)), "MAX"))
+    # A process that has run out of documents still takes part in every reduction.
+    packs += [[] for _ in range(most - len(packs))]
+    return [pack(documents, tile) for documents in packs]
 
 
 def count_tokens(batch: list[Document] | Pack) -> dict[str, int]:
@@ -184,7 +181,7 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> T
     report = Report(run, name, stage.save_interval, expected, excess)
     data = DataSpec(
         loader,
-        split_batch=splitter(model.row.tile),
+        split_batch=partial(split_batch, tile=model.row.tile),
         get_num_samples_in_batch=len,
         get_num_tokens_in_batch=count_tokens,
         microbatch_transforms=lambda pack: pack.to(model.newline.device),
@@ -234,10 +231,8 @@ def begin(recipe: Recipe, last: Path | None) -> VLM:
 
 def keep(recipe: Recipe, model: VLM, folder: Path) -> None:
     """Save a stage's model; its shards are gathered on the first process."""
-    state = None
-    if recipe.shard:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=options)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options) if recipe.shard else None
     if dist.get_global_rank() == 0:
         save(model, folder, state)
     dist.barrier()

@@ -10,6 +10,7 @@ from launching import ROOT, command, write_recipe
 
 from nanollava import plan as planning
 from nanollava.anyres import open_image
+from nanollava.cost import forward_flops
 from nanollava.data import prepare, usable
 from nanollava.model import VLM
 from nanollava.plan import Sketch, memory, padding, parts_of, plan, sketches
@@ -118,7 +119,7 @@ def test_a_sample_costs_what_the_table_of_real_widths_says():
     writer = planning.Writer(None, recipe.visual, 384, 27, "qwen_1_5")
     lays = writer.layouts([type("Image", (), {"size": (768, 768)})])
     length = lays[0].tokens + 350
-    forward = planning.forward_flops(rate, [Sketch(range(length), lays, 170)], 729, True)
+    forward = forward_flops(rate, [Sketch(range(length), lays, 170)], 729, True)
     assert length == 3995
     assert forward["encoder"] + forward["stem"] == pytest.approx(3209e9, rel=0.01)
     assert forward["llm"] + forward["attention"] == pytest.approx(3248e9, rel=0.01)

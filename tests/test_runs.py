@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from launching import ROOT
 
 from nanollava.runs import (
     Expected,
@@ -14,8 +15,8 @@ from nanollava.runs import (
     keep_losses,
     open_run,
     read_losses,
-    write_reference,
 )
+from nanollava.sources import import_file
 from nanollava.train import Report
 
 
@@ -76,7 +77,8 @@ def test_the_band_lies_around_the_means_of_ten_steps(tmp_path):
             ("stage1", step, source, loss, 9, 1e-3, 0.1)
             for step, loss in enumerate(losses, 1) for source in ("short", "all")
         ])  # fmt: skip
-    write_reference([tmp_path / "a", tmp_path / "b"], out := tmp_path / "reference.csv")
+    band = import_file(f"{ROOT}/recipes/band.py")
+    band.write_reference([tmp_path / "a", tmp_path / "b"], out := tmp_path / "reference.csv")
     expected = Expected(str(out), "stage1", 11)
     told = [expected.tell(step, 2.5) for step in range(1, 13)]
     assert told[0] == "loss 2.500 (expected 1.90-3.15)"  # 2 - 5%, 3 + 5%
