@@ -26,10 +26,9 @@ import gradio as gr
 import psutil
 import typer
 from PIL import Image
-from video import open_video
 from views import Exchange, picture, sees, speed, talk
 
-from nanollava.anyres import Layout, open_image, parse_budget, parse_grids
+from nanollava.anyres import Layout, open_image, open_video, parse_budget, parse_grids
 from nanollava.generate import Assistant, load
 from nanollava.recipe import with_visual
 from nanollava.sources import import_file

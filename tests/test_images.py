@@ -8,21 +8,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import film, llm_folder
-from launching import ROOT
 from matplotlib.cbook import get_sample_data
 from open_clip.transformer import VisionTransformer
 from PIL import Image
 
 import nanollava.anyres
 import nanollava.model
-from nanollava.anyres import Visual, open_image
+from nanollava.anyres import Visual, open_image, open_video
 from nanollava.encoder import Encoder, Row
 from nanollava.model import VLM
 from nanollava.prompts import Turn
 from nanollava.sequence import pack
-from nanollava.sources import import_file
-
-open_video = import_file(f"{ROOT}/demo/video.py").open_video
 
 TURNS = (Turn("user", "<image>\nwhat?", 1), Turn("assistant", "a frame 305"))
 ORIENTATION = 0x0112
