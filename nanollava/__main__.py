@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from nanollava.recipe import Recipe, read_recipe
 
+# What typer raises for a wrong command line, of click or of its own copy of it.
+USAGE = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 RecipeFile = Annotated[str, typer.Argument(help="A recipe, e.g. recipes/nano.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
@@ -131,7 +132,7 @@ def run(arguments: list[str] | None = None) -> None:
     """Run a command; what a user can mend is one line, NANOLLAVA_TRACE=1 shows where it arose."""
     try:
         app(arguments, prog_name="nanollava", standalone_mode=False)
-    except click.ClickException as error:
+    except USAGE as error:
         error.show()
         sys.exit(2)
     except (ValueError, OSError) as error:

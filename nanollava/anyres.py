@@ -112,7 +112,7 @@ def parse_budget(text: str, T: int, t: int = 0) -> int:
     if not match:
         raise ValueError(f"max_visual_tokens {text!r}: write '5T', '(4+1)T' or a number of tokens")
     times, tiles, unit, plain = match.groups()
-    views = int(times or 0) or int(tiles or 0) + 1
+    views = int(times) if times else int(tiles or 0) + 1
     return int(plain) if plain else views * (t if unit == "t" and t else T)
 
 

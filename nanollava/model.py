@@ -61,11 +61,15 @@ class VLM(nn.Module):
         )  # fmt: skip
 
     def autocast(self) -> torch.autocast:
-        """bf16 where the device computes in it; parameters and the loss stay float32."""
+        """bf16 where the device computes in it; parameters and the loss stay float32.
+
+        Without the cache of casts, which would keep a bf16 copy of every weight until the end of
+        the forward pass, gathered shards and blocks that are recomputed among them.
+        """
         kind = self.newline.device.type
         able = kind == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
         able = able and self.recipe.precision == "auto"
-        return torch.autocast(kind, torch.bfloat16, enabled=able)
+        return torch.autocast(kind, torch.bfloat16, enabled=able, cache_enabled=False)
 
     def see(self, views: Tensor, layouts: tuple[Layout, ...]) -> Tensor:
         """uint8[N, 3, R, R], the views of all images -> visual tokens and newlines (V, D)."""

@@ -132,9 +132,13 @@ def memory(
     else:
         kept = llm * config.num_hidden_layers + encoder * row.blocks
         kept += 2 * sum(sizes.values()) * (dtype == "bf16")  # autocast's copies of the weights
+    block = sum(p.numel() for p in parts.llm.model.layers[0].parameters())
+    root = sum(sizes.values()) - block * config.num_hidden_layers - sizes["encoder"]
+    whole = 4 * (root + 2 * block) * (2 if "llm" in TRAIN[stage.train] else 1)
     return {
         "weights": 4 * sum(sizes.values()) / share,
         "gradients, Adam": 12 * trained / share,
+        "gathered shards": whole * recipe.shard,  # root unit, two blocks, their gradients
         "activations": kept,
         "logits": part * mean["learned"] * config.vocab_size * (14 if dtype == "bf16" else 16),
     }
@@ -197,6 +201,8 @@ def plan(recipe: Recipe, device: str = "h200", devices: int = 1, share: float = 
     if device not in DEVICES or devices < 1 or not 0 < share <= 1:
         raise ValueError(f"{devices} x {device} at a share of {share}: give 1 or more of "
                          f"{', '.join(DEVICES)}, and a share above 0 and up to 1")  # fmt: skip
+    if not any(recipe.stages.values()):
+        raise ValueError("the recipe has no stages to plan")
     parts = parts_of(recipe)
     return {name: plan_stage(recipe, name, parts, device, devices, share)
             for name, stage in recipe.stages.items() if stage}  # fmt: skip

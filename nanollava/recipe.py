@@ -22,8 +22,9 @@ from nanollava.projector import ACTIVATIONS
 from nanollava.prompts import MASKS, TEMPLATES
 
 PROGRAM = "if __name__"  # how the launcher line begins
-# may differ on resume
-FREE = {"run", "fresh", "base", "data", "workers", "tasks", "settings", "reference"}
+MEMORY = ("microbatch_tokens", "checkpoint_activations", "save_interval")  # of a stage
+# may differ on resume: what decides where and how a run computes, not what
+FREE = {"run", "fresh", "base", "data", "workers", "tasks", "settings", "reference", "shard"}
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,8 @@ def _run_keys(recipe: Recipe) -> dict[str, Any]:
     for name, source in tree.pop("sources").items():
         if name in used_sources(recipe):
             tree[f"sources.{name}"] = {k: v for k, v in source.items() if k not in ABOUT}
-    return _flatten(tree)
+    flat = _flatten(tree)
+    return {key: value for key, value in flat.items() if key.split(".")[-1] not in MEMORY}
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

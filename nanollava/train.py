@@ -5,6 +5,7 @@ next stage, `evaluate`, `chat` and the demo can load. The loss is the mean over 
 tokens of the whole batch, over all microbatches and processes. The same recipe again resumes.
 """
 
+import atexit
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.utils import dist, get_device, reproducibility
 from composer.utils.parallelism import FSDP2Config
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -169,6 +171,9 @@ def run_stage(recipe: Recipe, name: str, model: VLM) -> bool:
         runs.announce(name, stage, counts, int(trainer.state.max_duration.value))
     trainer.fit()
     trainer.close()
+    # Both would hold this stage's model and Adam's moments until the process ends.
+    atexit.unregister(trainer.engine._close)
+    getattr(state_dict._get_fqns, "cache_clear", int)()
     return next(c.stop for c in trainer.state.callbacks if isinstance(c, Report))
 
 

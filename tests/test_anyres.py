@@ -362,3 +362,9 @@ def test_isqrt_bound_is_exact_at_squares():
             visual = Visual("2x2..2x2", max_visual_tokens=str(tau))
             if expected:
                 assert layout((96, 96), visual, 48, 27).side == expected
+
+
+def test_a_budget_counts_as_it_is_written():
+    assert [parse_budget(x, 36, 9) for x in ("5T", "(4+1)T", "(4+1)t", "77", "0T", "(0+1)T")] == [
+        180, 180, 45, 77, 0, 36
+    ]  # fmt: skip

@@ -1,6 +1,7 @@
 """The plan against what a run really does, and against published figures."""
 
 import json
+import re
 from dataclasses import replace
 from itertools import islice
 
@@ -139,6 +140,23 @@ def test_what_does_not_fit_names_the_key_to_change():
     whole = fits("blog/qwen_7b", device="h100", devices=8, shard=False)["stage2"]
     assert whole["change"].startswith("shard=true and at least")
     assert not fits("blog/qwen_7b", device="h100", devices=8)["stage2"]["change"]
+
+
+def machines(text: str) -> int:
+    """How many processes a recipe's header starts."""
+    head = text.split("\nbase:")[0]
+    found = re.search(r"--world_size (\d+)", head) or re.search(r"composer -n (\d+) recipes", head)
+    return int(found[1]) if found and "on one GPU:" not in head else 1
+
+
+@pytest.mark.parametrize("name", [
+    "qwen05b", "qwen05b_release", "clip_l_336_vicuna7b",
+    *(f"blog/{f.stem}" for f in sorted((ROOT / "recipes/blog").glob("*.yaml"))),
+])  # fmt: skip
+def test_every_stage_of_a_recipe_fits_where_its_header_starts_it(name):
+    count = machines((ROOT / f"recipes/{name}.yaml").read_text())
+    for stage, found in fits(name, devices=count).items():
+        assert not found["change"], (stage, found["memory"], found["change"])
 
 
 def test_sources_that_cannot_be_looked_at_are_assumed_and_said_so():

@@ -268,5 +268,23 @@ def test_each_key_is_either_free_or_makes_another_run(key):
     value = getattr(old, key)
     other = not value if isinstance(value, bool) else value + type(value)(1)
     new = replace(old, **{key: other})
-    free = key in {"run", "fresh", "data", "workers", "reference"}
+    free = key in {"run", "fresh", "data", "workers", "reference", "shard"}
     assert [d.split(":")[0] for d in differences(old, new)] == ([] if free else [key])
+
+
+def test_keys_that_only_buy_memory_may_change_on_resume():
+    nano = str(Path(__file__).parents[1] / "recipes/nano.yaml")
+    stage = "stages.stage2."
+    keys = [f"{stage}microbatch_tokens=99", f"{stage}checkpoint_activations=true",
+            f"{stage}save_interval=7", "shard=true"]  # fmt: skip
+    assert not differences(read_recipe(nano), read_recipe(nano, keys))
+    assert differences(read_recipe(nano), read_recipe(nano, [f"{stage}lr=3"]))
+
+
+@pytest.mark.parametrize("words", [["plan"], ["nosuch"], ["plan", "x.yaml", "--devices", "0"]])
+def test_a_wrong_command_line_is_told_without_a_traceback(words, capsys):
+    from nanollava.__main__ import run
+
+    with pytest.raises(SystemExit) as stopped:
+        run(words)
+    assert stopped.value.code == 2 and "Traceback" not in capsys.readouterr().err

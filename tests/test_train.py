@@ -1,10 +1,12 @@
 """Training as a user launches it: processes, nodes, kills, reruns, wrong folders."""
 
+import gc
 import json
 import os
 import signal
 import socket
 import time
+import weakref
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from streaming.base.constant import BARRIER_FILELOCK
 from torch.utils.data import DataLoader
 
+from nanollava import train as training
 from nanollava.__main__ import run as commands
 from nanollava.model import VLM
 from nanollava.prompts import Turn
@@ -150,6 +153,17 @@ def test_shards_equal_whole_copies_also_after_a_kill(tiny):
             ("stage2", 8), signal.SIGKILL)  # fmt: skip
     finish(start(recipe, f"run={shards}", "shard=true", flags=flags))
     check_same_course(run, shards)
+
+
+def test_a_stage_that_is_over_leaves_nothing_behind(tiny, monkeypatch):
+    """Composer registers an exit handler that would hold the model and Adam's moments."""
+    recipe, run = tiny
+    held = []
+    real = training.begin
+    monkeypatch.setattr(training, "begin", lambda *a: held.append(weakref.ref(m := real(*a))) or m)
+    train(read_recipe(recipe, [f"run={run.parent}/held"]))
+    gc.collect()
+    assert len(held) == 3 and not any(ref() for ref in held[:2])
 
 
 def test_recomputed_activations_change_nothing(tiny):
