@@ -26,7 +26,6 @@ from composer.utils import dist, get_device, reproducibility
 from composer.utils.parallelism import FSDP2Config
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -236,8 +235,8 @@ def begin(recipe: Recipe, last: Path | None) -> VLM:
 
 def keep(recipe: Recipe, model: VLM, folder: Path) -> None:
     """Save a stage's model; its shards are gathered on the first process."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options) if recipe.shard else None
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = state_dict.get_model_state_dict(model, options=options) if recipe.shard else None
     if dist.get_global_rank() == 0:
         save(model, folder, state)
     dist.barrier()
