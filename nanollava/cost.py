@@ -60,10 +60,8 @@ def rates(model: Any) -> dict[str, int]:
 
 def count(documents: Sequence[Document], T: int, after: bool) -> dict[str, int]:
     """What a batch holds; `after`: the projector runs before pooling, on all T features."""
-    layouts, lengths = (
-        [lay for d in documents for lay in d.layouts],
-        [len(d.ids) for d in documents],
-    )
+    layouts = [lay for d in documents for lay in d.layouts]
+    lengths = [len(d.ids) for d in documents]
     views, visual = sum(lay.views for lay in layouts), sum(lay.tokens for lay in layouts)
     return {
         "views": views, "visual": visual, "features": views * T if after else visual,

@@ -182,8 +182,11 @@ def show(rows: Sequence[dict]) -> None:
             f"{100 * row[key]:.1f}" for key in ("score", "low", "high", "chance")
         )
         mine[row["setting"]] = f"{score} [{low}, {high}]"
-    columns = dict.fromkeys(key for mine in cells.values() for key in mine)
-    table = Table("task", *columns, title="score in %, with its 95% interval", box=SIMPLE)
+    columns = list(dict.fromkeys(key for mine in cells.values() for key in mine))
+    table = Table(title="score in %, with its 95% interval over questions", box=SIMPLE)
+    table.add_column("task", no_wrap=True)
+    for key in columns:
+        table.add_column(key, justify="left" if key == "metric" else "right")
     for name, mine in cells.items():
         table.add_row(name, *(mine.get(key, "") for key in columns))
     Console().print(table)

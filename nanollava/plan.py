@@ -30,7 +30,7 @@ from nanollava.encoder import ENCODERS, build
 from nanollava.llm import load_llm, load_tokenizer
 from nanollava.model import TRAIN
 from nanollava.projector import Projector
-from nanollava.prompts import read_turns
+from nanollava.prompts import IGNORE, read_turns
 from nanollava.recipe import Recipe, Stage
 from nanollava.runs import steps_of
 from nanollava.sequence import Writer
@@ -60,9 +60,10 @@ class Sketch:
 Mix = list[tuple[Sketch, float]]  # each with the number of samples that it stands for
 
 
-def sketches(recipe: Recipe, name: str, writer: Writer) -> tuple[list[Sketch], str]:
-    """Documents of a source, and how they are known."""
+def sketches(recipe: Recipe, name: str, writer: Writer) -> tuple[list[Sketch], int, str]:
+    """Documents of a source, how many samples it has, and how the documents are known."""
     rows, source, out = stored(recipe, name), recipe.sources[name], []
+    samples = source.samples or source.expected if rows is None else len(rows)
     if rows is None and "hf://" in source.path:
         if not source.assume.sizes:
             raise ValueError(f"sources.{name}: neither shards (run prepare) nor `assume.sizes`")
@@ -72,7 +73,7 @@ def sketches(recipe: Recipe, name: str, writer: Writer) -> tuple[list[Sketch], s
             layouts = writer.layouts(images)
             length = source.assume.text + sum(lay.length for lay in layouts)
             out += [Sketch(range(length), layouts, source.assume.learned)] * round(100 * share)
-        return out, "assumed"
+        return out, samples, "assumed"
     if rows is None:
         found = usable(islice(records(source, recipe.seed), LIMIT), [])
     else:
@@ -81,15 +82,9 @@ def sketches(recipe: Recipe, name: str, writer: Writer) -> tuple[list[Sketch], s
     writer = replace(writer, tokenizer=load_tokenizer(recipe.llm))
     for row, images in found:
         turns = read_turns(row["conversations"], len(images))
-        document = writer(turns, [open_image(data) for data in images], name=name)
-        out.append(Sketch(range(len(document.ids)), document.layouts, document.learned))
-    return out, f"measured on {len(out)}"
-
-
-def count_of(recipe: Recipe, name: str) -> int:
-    """Samples of a source: its shards', the recipe's `samples`, or `expected` at the origin."""
-    rows, source = stored(recipe, name), recipe.sources[name]
-    return source.samples or source.expected if rows is None else len(rows)
+        ids, labels, layouts = writer.ids(turns, [open_image(data) for data in images], name)
+        out.append(Sketch(range(len(ids)), layouts, int((labels[1:] != IGNORE).sum())))
+    return out, samples, f"measured on {len(out)}"
 
 
 def parts_of(recipe: Recipe) -> SimpleNamespace:
@@ -162,26 +157,26 @@ def cpu_peak() -> float:
     return 2 * 2048**3 / min(seconds)
 
 
-def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, device: str, devices: int,
-               share: float) -> dict:  # fmt: skip
-    """One stage's samples, steps, tokens, FLOPs, memory and hours."""
-    stage, row, (peak, room) = recipe.stages[name], parts.row, DEVICES[device]
-    visual = recipe.visual if stage.anyres else replace(recipe.visual, max_grid="base")
+def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, rate: dict[str, int],
+               device: str, devices: int, speed: float) -> dict:  # fmt: skip
+    """One stage's samples, steps, tokens, FLOPs, memory and hours; `speed`: FLOP/s in all."""
+    stage, row, room = recipe.stages[name], parts.row, DEVICES[device][1]
+    visual = recipe.visual_of(stage)
     writer = Writer(None, visual, row.tile, row.side, stage.template or recipe.template,
                     recipe.label_mask, recipe.max_length)  # fmt: skip
     mix: Mix = []
     known = {}
     for source, times in stage.mix.items():
-        mine, known[source] = sketches(recipe, source, writer)
-        mix += [(sketch, times * count_of(recipe, source) / len(mine)) for sketch in mine]
+        mine, n, known[source] = sketches(recipe, source, writer)
+        mix += [(sketch, times * n / len(mine)) for sketch in mine]
     samples = sum(n for _, n in mix)
     steps = steps_of(stage, int(samples) // stage.batch_size)
     mean = Counter()  # of a sample
     for sketch, n in mix:
         counts = count([sketch], row.side**2, visual.pool_after_projector)
         mean.update({key: value * n / samples for key, value in counts.items()})
-    forward = {part: rate * mean[PARTS[part][0]] * steps * stage.batch_size
-               for part, rate in rates(parts).items()}  # fmt: skip
+    forward = {part: per * mean[PARTS[part][0]] * steps * stage.batch_size
+               for part, per in rate.items()}  # fmt: skip
     mean["longest"] = max(len(sketch.ids) for sketch, _ in mix)
     flops = step_flops(forward, TRAIN[stage.train])
     again = sum(forward.values()) * stage.checkpoint_activations  # the forward pass again
@@ -192,7 +187,7 @@ def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, device: str, d
         "known": known, "samples": round(samples), "steps": steps, **mean,
         "padding": padding(mix), "forward": forward, "flops": flops, "memory": need,
         "change": "" if fits else advice(recipe, name, stage, need, room),
-        "hours": (flops + again) / ((peak or cpu_peak()) * share * devices) / 3600,
+        "hours": (flops + again) / speed / 3600,
     }  # fmt: skip
 
 
@@ -204,7 +199,8 @@ def plan(recipe: Recipe, device: str = "h200", devices: int = 1, share: float = 
     if not any(recipe.stages.values()):
         raise ValueError("the recipe has no stages to plan")
     parts = parts_of(recipe)
-    return {name: plan_stage(recipe, name, parts, device, devices, share)
+    rate, speed = rates(parts), (DEVICES[device][0] or cpu_peak()) * share * devices
+    return {name: plan_stage(recipe, name, parts, rate, device, devices, speed)
             for name, stage in recipe.stages.items() if stage}  # fmt: skip
 
 

@@ -118,6 +118,10 @@ class Recipe:
     tasks: dict[str, Task | None] = field(default_factory=dict)
     settings: dict[str, dict[str, str]] = field(default_factory=dict)  # name: visual keys
 
+    def visual_of(self, stage: Stage) -> Visual:
+        """The visual keys of a stage, which may go without tiles."""
+        return self.visual if stage.anyres else replace(self.visual, max_grid="base")
+
 
 CHOICES = {  # of a key in one of these parts
     Recipe: {"encoder": ENCODERS, "connector": ACTIVATIONS, "template": TEMPLATES,

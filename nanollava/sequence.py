@@ -97,11 +97,10 @@ class Writer:
         alone = self.visual if len(images) == 1 else replace(self.visual, max_grid="base")
         return tuple(layout(image.size, alone, self.tile, self.side) for image in images)
 
-    def __call__(
-        self, turns: Sequence[Turn], images: Sequence[Image], name: str = "", source: str = "",
-        answer: bool = False,
-    ) -> Document:  # fmt: skip
-        """A document; with `answer` it ends where an answer begins, for generation.
+    def ids(
+        self, turns: Sequence[Turn], images: Sequence[Image], name: str = "", answer: bool = False
+    ) -> tuple[Tensor, Tensor, tuple[Layout, ...]]:
+        """A document's int64[S] ids and labels and its layouts: all but its pixels.
 
         One over `max_length` loses its last words, with a warning. Raises ValueError where image
         tokens or all that is supervised would go, and, unless `answer`, where nothing is.
@@ -121,6 +120,14 @@ class Writer:
             raise ValueError(f"sample {name}: {told}; {advice}")
         if not answer and not (labels[1:] != IGNORE).any():
             raise ValueError(f"sample {name}: no supervised token; an answer is empty or missing")
+        return ids, labels, layouts
+
+    def __call__(
+        self, turns: Sequence[Turn], images: Sequence[Image], name: str = "", source: str = "",
+        answer: bool = False,
+    ) -> Document:  # fmt: skip
+        """A document; with `answer` it ends where an answer begins, for generation."""
+        ids, labels, layouts = self.ids(turns, images, name, answer)
         none = torch.zeros(0, 3, self.tile, self.tile, dtype=torch.uint8)
         views = [cut_views(image, lay) for image, lay in zip(images, layouts, strict=True)]
         return Document(ids, labels, torch.cat([none, *views]), layouts, source, name)
@@ -155,12 +162,13 @@ def split(documents: Sequence[Document], budget: int) -> list[list[Document]]:
     A document longer than the budget gets a pack of its own.
     """
     packs: list[list[Document]] = []
+    room: list[int] = []
     for document in sorted(documents, key=lambda d: -len(d.ids)):
-        room = budget - len(document.ids)
-        fitting = (p for p in packs if sum(len(d.ids) for d in p) <= room)
-        found = next(fitting, None)
-        if found is None:
-            packs.append([document])
-        else:
-            found.append(document)
+        n = len(document.ids)
+        i = next((i for i, left in enumerate(room) if n <= left), len(packs))
+        if i == len(packs):
+            packs.append([])
+            room.append(budget)
+        packs[i].append(document)
+        room[i] -= n
     return packs

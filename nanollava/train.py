@@ -159,8 +159,7 @@ class Report(Callback):
 def run_stage(recipe: Recipe, name: str, model: VLM) -> bool:
     """Train one stage, from its last checkpoint on; returns whether it was asked to stop then."""
     stage = recipe.stages[name]
-    visual = recipe.visual if stage.anyres else replace(recipe.visual, max_grid="base")
-    writer = model.writer(visual, stage.template)
+    writer = model.writer(recipe.visual_of(stage), stage.template)
     loader = make_loader(recipe, stage, writer, dist.get_world_size())
     # Before the trainer is made: DDP expects a gradient of all that requires one at that moment.
     counts = model.set_trainable(stage.train)

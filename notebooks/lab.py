@@ -1,6 +1,5 @@
 """What the notebooks do: score nano tasks at some settings, train a short stage 2."""
 
-import json
 import os
 import re
 import shutil
@@ -10,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
 from tqdm import tqdm
 
 from nanollava.evaluate import evaluate_task
 from nanollava.generate import Assistant
 from nanollava.plan import plan
 from nanollava.recipe import read_recipe, with_visual, write_recipe
+from nanollava.sources import import_file
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "demo" / "nano"
@@ -67,16 +66,15 @@ def hours(name: str, *overrides: str) -> list[dict]:
     """Stage 2 of each row of `recipes/ablations/NAME.yaml`, planned at full scale and not run: its
     hours over those of the first row, packed and as if padded, and the blog's hours over its first.
     """
-    file = ROOT / f"recipes/ablations/{name}.yaml"
-    tree, rows = yaml.safe_load(file.read_text()), []
-    table = json.loads((ROOT / "notebooks/blog.json").read_text())["tables"][tree["blog"]]
-    place = table["factors"].index("training_time")
-    for row, keys in tqdm(list(tree["rows"].items())[: 2 if QUICK else None], name):
-        told = re.match(r"(\d+)h(\d*)", table["rows"][keys["blog"]][place].lower())
-        base = file.parent / tree["base"]["full"]
-        stage = plan(read_recipe(base, [*tree["full"], *keys["keys"], *overrides]))["stage2"]
-        packed, printed = stage["hours"], int(told[1]) + int(told[2] or 0) / 60
-        rows.append({"row": row, "packed": packed, "padded": packed * (1 + stage["padding"]),
-                     "blog": printed})  # fmt: skip
+    ledger, rows = import_file(str(ROOT / "recipes/ledger.py")), []
+    found = list(ledger.ablation(ROOT / f"recipes/ablations/{name}.yaml"))
+    for title, row, base, keys in tqdm(found[: 2 if QUICK else None], name):
+        table = ledger.TABLES[row["table"]]
+        printed = dict(zip(table["factors"], table["rows"][row["blog"]]))["training_time"]
+        told = re.match(r"(\d+)h(\d*)", printed.lower())
+        stage = plan(read_recipe(base, [*keys, *overrides]))["stage2"]
+        rows.append({"row": title, "packed": stage["hours"],
+                     "padded": stage["hours"] * (1 + stage["padding"]),
+                     "blog": int(told[1]) + int(told[2] or 0) / 60})  # fmt: skip
     return [{"row": r["row"], **{k: r[k] / rows[0][k] for k in ("packed", "padded", "blog")}}
             for r in rows]  # fmt: skip

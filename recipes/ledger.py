@@ -5,11 +5,12 @@ not the blog's about it, read off the recipe's resolved keys.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
-from nanollava.recipe import Recipe, read_recipe
+from nanollava.recipe import Recipe, read_recipe, used_sources
 
 HERE = Path(__file__).parent
 TABLES = json.loads((HERE.parent / "notebooks/blog.json").read_text())["tables"]
@@ -43,23 +44,26 @@ NOTES = {
     "j": ("pooling before the projector is ours; the released code pools after it only",
           lambda r: not r.visual.pool_after_projector),
     "k": ("raw captions from the public web sets; the team's own files were not released",
-          lambda r: any(n.endswith("_raw") for n in used(r))),
+          lambda r: any(n.endswith("_raw") for n in used_sources(r))),
     "l": ("SynthDOG as its authors published it, fewer samples than the blog's 1M",
-          lambda r: "syndog_en" in used(r)),
+          lambda r: "syndog_en" in used_sources(r)),
     "m": ("longer than Vicuna's 4,096 positions; the blog does not say how",
           lambda r: r.llm.startswith("lmsys") and r.max_length > 4096),
 }  # fmt: skip
-
-
-def used(recipe: Recipe) -> set[str]:
-    """Sources that a stage sees."""
-    return {n for s in recipe.stages.values() if s for n, times in s.sources.items() if times}
 
 
 def command(file: str, keys: list[str]) -> str:
     """What to type; quoted where a shell would read a sign in it."""
     quoted = [f"'{k}'" if set(k) & set("(){}* ") else k for k in keys]
     return " ".join([f"composer recipes/{file}", *quoted])
+
+
+def ablation(file: Path) -> Iterator[tuple[str, dict, Path, list[str]]]:
+    """The rows of an ablation at full scale: name, the row, its base, the changed keys."""
+    tree = yaml.safe_load(file.read_text())
+    for name, row in tree["rows"].items():
+        keys = [*tree.get("full", []), *row.get("full", []), *row.get("keys", [])]
+        yield name, {"table": tree.get("blog"), **row}, (file.parent / tree["base"]["full"]), keys
 
 
 def rows() -> dict[tuple[str, int], tuple[str, str, str]]:
@@ -69,16 +73,14 @@ def rows() -> dict[tuple[str, int], tuple[str, str, str]]:
         for i, file in enumerate(files):
             found[table, i] = (Path(file).stem, command(file, []), told(read_recipe(HERE / file)))
     for file in sorted((HERE / "ablations").glob("*.yaml")):
-        tree = yaml.safe_load(file.read_text())
-        base = (file.parent / tree["base"]["full"]).resolve()
-        for name, row in tree["rows"].items():
-            keys = [*tree.get("full", []), *row.get("full", []), *row.get("keys", [])]
-            recipe, typed = read_recipe(base, keys), command(str(base.relative_to(HERE)), keys)
+        for name, row, base, keys in ablation(file):
+            recipe = read_recipe(base, keys)
+            typed = command(str(base.resolve().relative_to(HERE)), keys)
             if "infer" in row:
                 typed += " # evaluated at {max_grid}, {max_visual_tokens}".format(**row["infer"])
             if "blog" in row:
                 missing = row.get("missing")
-                found[tree["blog"], row["blog"]] = (
+                found[row["table"], row["blog"]] = (
                     (name, f"data {missing}", "") if missing else (name, typed, told(recipe))
                 )
     return found

@@ -10,7 +10,6 @@ data, G4 generation against HF's static cache. The peer gets our weights and the
 
 import io
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,19 +24,17 @@ import transformers
 import typer
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoTokenizer
 
 from nanollava.anyres import Visual, open_image
 from nanollava.cost import forward_flops, rates, step_flops
 from nanollava.generate import Assistant
-from nanollava.llm import config_of, flash_varlen
+from nanollava.llm import flash_varlen
 from nanollava.model import TRAIN, VLM
 from nanollava.plan import memory
 from nanollava.prompts import Turn
-from nanollava.recipe import Recipe, Stage
+from nanollava.recipe import Stage
 from nanollava.sequence import Document, pack, split
 
-ROOT = Path(__file__).parents[1]
 PHOTO = Path(matplotlib.get_data_path(), "sample_data/grace_hopper.jpg")
 SHAPES = ((640, 480), (480, 640), (1024, 768), (800, 1200), (600, 600), (300, 900), (336, 336))
 PEAK = 790e12  # what an H200 reaches in bf16 on large matrices
@@ -48,14 +45,6 @@ def told(what: str, found: str, target: str = "") -> None:
     """One row of the table, printed at once, too."""
     ROWS.append((what, found, target))
     print(f"{what:42} {found:42} {target}", flush=True)
-
-
-def real(folder: Path, visual: Visual) -> VLM:
-    """SO400M and Qwen1.5-0.5B with random weights; nano's tokenizer stands in."""
-    config_of("Qwen/Qwen1.5-0.5B-Chat", random=True).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(ROOT / "recipes/nano/tokenizer").save_pretrained(folder)
-    keys = {"llm": str(folder), "encoder_weights": "random", "llm_weights": "random"}
-    return VLM(Recipe(visual=visual, connector="gelu", **keys))
 
 
 def photos(count: int, seed: int = 0) -> list[bytes]:
@@ -143,12 +132,11 @@ def training(model: VLM, documents: list[Document], device: str, steps: int, bud
     told("G1 useful FLOP/s", f"{flops / seconds / PEAK:.1%} of 790 T, {n / seconds:.1f} samples/s",
          ">= 45%")  # fmt: skip
     if device == "cuda":
-        mean = {"positions": sum(len(d.ids) for d in documents) / n,
-                "views": sum(len(d.views) for d in documents) / n,
-                "learned": sum(d.learned for d in documents) / n,
-                "longest": max(len(d.ids) for d in documents)}  # fmt: skip
         stage = Stage(microbatch_tokens=budget, batch_size=n)
-        need = sum(memory(model.recipe, stage, model, mean, 1, "bf16").values()) / 1e9
+        need = (
+            sum(memory(model.recipe, stage, model, peer.averages(documents), 1, "bf16").values())
+            / 1e9
+        )
         told("peak memory", f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB, plan {need:.1f} GB")
     return seconds
 
@@ -229,7 +217,8 @@ def main(
     told("device", name, f"torch {torch.__version__}, transformers {transformers.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         tiny = {"visual": replace(visual, max_grid="2x2"), "precision": "auto"}
-        model = real(Path(folder), visual) if size == "real" else peer.ours(Path(folder), **tiny)
+        model = (peer.real(Path(folder), visual=visual, connector="gelu") if size == "real"
+                 else peer.ours(Path(folder), **tiny))  # fmt: skip
     images = photos(count)
     documents = [document(model, x, 90 + 40 * (i % 7)) for i, x in enumerate(images)]
     budget = 16384 if size == "real" else 2000
@@ -243,5 +232,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT / "tests"))
     typer.run(main)

@@ -34,12 +34,15 @@ from transformers import (
 
 from nanollava import hf
 from nanollava.anyres import Visual, parse_budget, parse_grids
+from nanollava.cost import count as totals
 from nanollava.encoder import CLIP_MEAN, CLIP_STD, ENCODERS, Row
+from nanollava.llm import config_of
 from nanollava.model import VLM
 from nanollava.prompts import IMAGE
 from nanollava.recipe import Recipe
 from nanollava.sequence import Document
 
+ROOT = Path(__file__).parent.parent
 MOSAIC = Visual(max_grid="3x3", max_visual_tokens="(4+1)T", budget="mosaic")
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 
@@ -153,6 +156,20 @@ def ours(folder: Path, size: Size = TINY, visual: Visual = MOSAIC, **keys) -> VL
             if p.ndim == 1:
                 p.add_(torch.randn_like(p) * 0.1)
     return model
+
+
+def real(folder: Path, **keys) -> VLM:
+    """SO400M and Qwen1.5-0.5B with random weights; nano's tokenizer stands in for Qwen's."""
+    config_of("Qwen/Qwen1.5-0.5B-Chat", random=True).save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(ROOT / "recipes/nano/tokenizer").save_pretrained(folder)
+    return VLM(Recipe(llm=str(folder), **keys), "random")
+
+
+def averages(documents: list[Document]) -> dict[str, float]:
+    """What `plan.memory` asks of a stage's documents: means, and the longest."""
+    sums = totals(documents, 0, after=False)  # no key that memory reads depends on T
+    longest = max(len(d.ids) for d in documents)
+    return {key: n / len(documents) for key, n in sums.items()} | {"longest": longest}
 
 
 def grids(model: VLM) -> dict[str, list[list[int]]]:

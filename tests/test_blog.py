@@ -47,13 +47,11 @@ def test_every_row_of_the_blog_stands_in_the_ledger_as_it_is_generated():
 def test_rows_set_what_the_blogs_tables_say():
     """Grid, budget and place of pooling, read from the tables' own columns."""
     for file in sorted((RECIPES / "ablations").glob("*.yaml")):
-        tree = yaml.safe_load(file.read_text())
-        content = ledger.TABLES.get(tree.get("blog", ""), {"factors": []})
-        base = file.parent / tree["base"]["full"]
-        for name, row in tree["rows"].items():
-            keys = [*tree.get("full", []), *row.get("full", []), *row.get("keys", [])]
+        nano = file.parent / yaml.safe_load(file.read_text())["base"]["nano"]
+        for name, row, base, keys in ledger.ablation(file):
+            content = ledger.TABLES.get(row["table"], {"factors": []})
             recipe = read_recipe(base, keys)
-            read_recipe(file.parent / tree["base"]["nano"], row.get("keys", []))
+            read_recipe(nano, row.get("keys", []))
             printed = dict(zip(content["factors"], content["rows"][row["blog"]], strict=False)
                            ) if content["factors"] else {}  # fmt: skip
             visual = recipe.visual

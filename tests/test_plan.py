@@ -30,8 +30,7 @@ def tiny(tmp_path_factory):
 def documents(recipe, name, most=1000) -> list:
     """What a stage really trains on, its first samples."""
     stage = recipe.stages[name]
-    visual = recipe.visual if stage.anyres else replace(recipe.visual, max_grid="base")
-    writer = VLM(recipe, "random").writer(visual, stage.template)
+    writer = VLM(recipe, "random").writer(recipe.visual_of(stage), stage.template)
     return [
         writer(read_turns(row["conversations"], len(images)), [open_image(x) for x in images])
         for source in stage.sources

@@ -16,17 +16,16 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from transformers import AutoTokenizer
 
-from nanollava.anyres import open_image
-from nanollava.llm import config_of
-from nanollava.model import VLM
-from nanollava.plan import memory
-from nanollava.prompts import Turn
-from nanollava.recipe import Stage, read_recipe
-from nanollava.sequence import pack
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import peer  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
+from nanollava.anyres import open_image  # noqa: E402
+from nanollava.plan import memory  # noqa: E402
+from nanollava.prompts import Turn  # noqa: E402
+from nanollava.recipe import Stage  # noqa: E402
+from nanollava.sequence import pack  # noqa: E402
+
 PHOTO = Path(matplotlib.get_data_path(), "sample_data/grace_hopper.jpg")  # 512 x 600, NASA
 ANSWER = "A woman in uniform stands before a flag. " * 8
 STAGES = {
@@ -35,25 +34,16 @@ STAGES = {
 }
 
 
-def model_of(folder: str) -> VLM:
-    """The real parts with random weights; nano's tokenizer stands in for Qwen's."""
-    config_of("Qwen/Qwen1.5-0.5B-Chat", random=True).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(ROOT / "recipes/nano/tokenizer").save_pretrained(folder)
-    recipe = read_recipe(ROOT / "recipes/qwen05b.yaml", llm=folder, precision="fp32")
-    return VLM(recipe, "random")
-
-
 def step(name: str) -> None:
     """One step, told in one line."""
     torch.manual_seed(0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     stage = STAGES[name]
     with tempfile.TemporaryDirectory() as folder:
-        model = model_of(folder)
+        model = peer.real(Path(folder), precision="fp32")
     model.set_trainable(stage.train)
     model.checkpoint_activations(stage.checkpoint_activations)
-    keys = model.recipe.visual
-    writer = model.writer(keys if stage.anyres else replace(keys, max_grid="base"))
+    writer = model.writer(model.recipe.visual_of(stage))
     turns = [Turn("user", "<image>\nWhat is this?", 1), Turn("assistant", ANSWER)]
     document = writer(turns, [open_image(PHOTO)])
     optimizer = torch.optim.AdamW(model.groups(2e-5, 2e-6, 2e-5, 0.0), fused=True)
@@ -64,10 +54,9 @@ def step(name: str) -> None:
     seconds = time.perf_counter() - begin
     trained = [p for p in model.parameters() if p.requires_grad]
     assert loss.isfinite() and all(p.grad is not None for p in trained)
-    mean = {"positions": len(document.ids), "views": len(document.views),
-            "learned": document.learned, "longest": len(document.ids)}  # fmt: skip
     stage = replace(stage, microbatch_tokens=1, batch_size=1)
-    need = sum(memory(model.recipe, stage, model, mean, 1, "fp32").values()) / 1e9
+    need = memory(model.recipe, stage, model, peer.averages([document]), 1, "fp32")
+    need = sum(need.values()) / 1e9
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
     print(f"{name}: {len(document.views)} views, {len(document.ids)} positions, "
           f"{document.learned} supervised; loss {loss:.2f}; {seconds:.0f} s; "

@@ -25,8 +25,9 @@ from launching import write_recipe  # noqa: E402
 from nanollava.model import VLM  # noqa: E402
 from nanollava.prompts import Turn  # noqa: E402
 from nanollava.recipe import read_recipe  # noqa: E402
+from nanollava.runs import steps_of  # noqa: E402
 from nanollava.sequence import pack, split  # noqa: E402
-from nanollava.train import make_trainer, steps_of  # noqa: E402
+from nanollava.train import make_trainer  # noqa: E402
 
 STEPS, ROUNDS = 20, 5
 
