@@ -1,5 +1,5 @@
 """nanollava: the ablations of LLaVA-NeXT's blog post "What Else Influences Visual Instruction
-Tuning Beyond Data?", in about 2,700 readable lines.
+Tuning Beyond Data?", in about 2,200 readable lines.
 
 Read the modules in the data's order: anyres, encoder, projector, pooling, prompts, sequence, llm,
 model, then train, generate and evaluate. A grid is a columns x b rows of tiles; a view is a tile or

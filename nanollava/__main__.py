@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from nanollava.recipe import Recipe, read_recipe
+from nanollava.sources import function_of, tool
 
 # What typer raises for a wrong command line, of click or of its own copy of it.
 USAGE = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+BESIDE = {"plan": "plan", "export": "hf"}  # commands that are files of recipes/tools
 RecipeFile = Annotated[str, typer.Argument(help="A recipe, e.g. recipes/nano.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
 Run = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/nano, or a LlavaOnevision's")]
@@ -22,8 +24,6 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train all stages of a recipe, then evaluate. `composer RECIPE` does the same."""
     keys = read_recipe(recipe, overrides)
     if keys.program:
-        from nanollava.sources import function_of
-
         function_of(keys.program)(keys)
         return
     from nanollava.train import train as run_stages
@@ -39,26 +39,6 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from nanollava.data import prepare as write
 
     write(read_recipe(recipe, overrides))
-
-
-@app.command()
-def plan(
-    recipe: RecipeFile, overrides: Overrides = None,
-    device: Annotated[str, typer.Option(help="h200, h100, a100, 4090 or cpu")] = "h200",
-    devices: Annotated[int, typer.Option(min=1, help="how many of them")] = 1,
-    share: Annotated[float, typer.Option(help="of the peak that is hoped for")] = 0.4,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
-) -> None:  # fmt: skip
-    """Tell a run's tokens, FLOPs, memory and hours before it starts."""
-    import json
-
-    from nanollava import plan as planning
-
-    stages = planning.plan(read_recipe(recipe, overrides), device, devices, share)
-    if as_json:
-        typer.echo(json.dumps(stages, indent=1))
-    else:
-        planning.show(stages, f"{devices} x {device} at {share:.0%} of its peak")
 
 
 @app.command()
@@ -106,30 +86,12 @@ def chat(
         typer.echo(f"where it looked, base view and tiles: {run / 'why.png'}")
 
 
-@app.command()
-def export(run: Run, out: Path) -> None:
-    """Write a run as a LlavaOnevision folder for plain transformers, if both give equal logits."""
-    from tempfile import TemporaryDirectory
-
-    from nanollava import hf
-    from nanollava.model import difference, load
-
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty: give another folder")
-    model, above = load(run), out.absolute().parent
-    above.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=above) as scratch:  # so that OUT is whole, or not there
-        folder = Path(scratch, "out")
-        hf.write(model, folder)
-        apart = difference(model, folder)
-        if not apart <= 1e-4:
-            raise ValueError(f"transformers' logits differ by {apart:.1e}, limit 1e-4: no {out}")
-        os.replace(folder, out)
-    typer.echo(f"{out}: transformers' logits differ by {apart:.1e} at most")
-
-
 def run(arguments: list[str] | None = None) -> None:
     """Run a command; what a user can mend is one line, NANOLLAVA_TRACE=1 shows where it arose."""
+    asked = (arguments or sys.argv[1:] or [""])[0]
+    if asked not in [command.callback.__name__ for command in app.registered_commands]:
+        for name in [asked] if asked in BESIDE else BESIDE:  # all of them for --help
+            app.command(name)(tool(BESIDE[name]).main)
     try:
         app(arguments, prog_name="nanollava", standalone_mode=False)
     except USAGE as error:

@@ -27,11 +27,11 @@ from streaming.base.util import merge_index
 from tqdm import tqdm
 
 from nanollava.anyres import open_image
-from nanollava.hub import check_space, weigh
+from nanollava.hub import check_space
 from nanollava.prompts import read_turns
 from nanollava.recipe import ABOUT, Recipe, Stage, used_sources
 from nanollava.sequence import Document, Writer
-from nanollava.sources import READERS, files_here, images_of, records
+from nanollava.sources import KINDS, files_here, images_of, records, tool
 
 COLUMNS = {"id": "str", "image": "bytes", "sizes": "json", "conversations": "json", "source": "str"}
 CHUNK = 16_384  # records of a source that are written at once: the most that a stop can cost
@@ -153,7 +153,7 @@ def prepare(recipe: Recipe) -> None:
     for name in [name for name, folder in folders.items() if not folder.is_dir()]:
         source = recipe.sources[name]
         kind, _, where = source.path.partition(":")
-        size, missing = weigh(where) if kind in READERS else (0, 0)
+        size, missing = tool("readers").weigh(where) if kind in KINDS else (0, 0)
         told.append(f"{name} {size / 1e9:.2f} GB" if size else f"{name} unknown")
         fetch += missing
         if kind != "pdf" and not source.samples:

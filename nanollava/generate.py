@@ -25,7 +25,7 @@ from nanollava.model import load as load_model
 from nanollava.prompts import IMAGE, PLACEHOLDER, Turn, stop_ids
 from nanollava.recipe import with_visual
 from nanollava.sequence import Document, pack
-from nanollava.why import look
+from nanollava.sources import tool
 
 Picture = str | Path | bytes | Image
 
@@ -191,7 +191,7 @@ class Assistant:
         """A picture of where the last answer looked: base view and tiles of each image."""
         if self.seen is None:
             raise ValueError("nothing has been asked yet: chat first")
-        return look(self.model, self.seen.document, self.seen.written)
+        return tool("why").look(self.model, self.seen.document, self.seen.written)
 
     def _reusable(self, ids: list[int], key: object) -> int:
         """How many first positions the last conversation shares: all of its images, or none."""

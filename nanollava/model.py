@@ -6,25 +6,23 @@
 """
 
 import os
-from os.path import commonprefix
 from pathlib import Path
 
 import torch
-from PIL import Image
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanollava import hf
 from nanollava.anyres import Layout, Visual
 from nanollava.encoder import ENCODERS, build
 from nanollava.hub import fetching
 from nanollava.llm import load_llm, load_tokenizer
 from nanollava.pooling import add_newlines, pool
 from nanollava.projector import Projector
-from nanollava.prompts import PLACEHOLDER, Turn
 from nanollava.recipe import Recipe, check, read_recipe, write_recipe
-from nanollava.sequence import Pack, Writer, pack
+from nanollava.sequence import Pack, Writer
+from nanollava.sources import tool
 
 # What a stage trains; the learned newline goes with the projector.
 TRAIN = {
@@ -181,16 +179,24 @@ def load(folder: str | Path, device: str = "cpu") -> VLM:
     """
     folder = Path(folder)
     if (folder / "config.json").is_file() and not (folder / "recipe.yaml").is_file():
-        keys, state = hf.read(folder)
+        keys, state = tool("hf").read(folder)
         recipe = check(Recipe(**keys | {"visual": Visual(**keys["visual"])}))
     else:
         recipe = recipe_of(folder)
-        state = hf.load_tensors(folder / "model.safetensors")
+        state = load_tensors(folder / "model.safetensors")
     model = VLM(recipe, weights="random")
     fill(model, state, folder)
     if device == "cuda" and recipe.precision == "auto":
         model.llm.bfloat16()  # once, where autocast would cast all of it for every token
     return model.eval().to(device)
+
+
+def load_tensors(file: str | Path) -> dict[str, Tensor]:
+    """A safetensors file; raises ValueError for half of one."""
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
 
 
 def recipe_of(run: Path) -> Recipe:
@@ -208,7 +214,7 @@ def recipe_of(run: Path) -> Recipe:
 
 def load_weights(model: VLM, file: str | Path) -> None:
     """Fill a model from a safetensors file."""
-    fill(model, hf.load_tensors(file), file)
+    fill(model, load_tensors(file), file)
 
 
 def fill(model: VLM, state: dict[str, Tensor], source: str | Path) -> None:
@@ -225,27 +231,3 @@ def fill(model: VLM, state: dict[str, Tensor], source: str | Path) -> None:
         missing = [n for n in missing if n != "llm.lm_head.weight"]
     if missing or extra:
         raise ValueError(f"{source}: missing {missing[:3]}, not of this model {extra[:3]}")
-
-
-@torch.no_grad()
-def difference(model: VLM, folder: str | Path) -> float:
-    """The largest difference of a logit between a VLM and a folder in plain transformers, in
-    float32, on a fixed image and question. Raises ValueError where the tokens differ already.
-    """
-    theirs, process = hf.reopen(folder)
-    R, text, draw = model.row.tile, "What is it?", torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (3 * R // 2, 5 * R // 2, 3), dtype=torch.uint8, generator=draw)
-    image = Image.fromarray(pixels.numpy())
-    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-    prompt = process.apply_chat_template(talk, add_generation_prompt=True)
-    inputs = process(images=image, text=prompt, return_tensors="pt")
-    turn = Turn("user", f"{PLACEHOLDER}\n{text}", 1)
-    row = pack([model.writer()([turn], [image], answer=True)], R)
-    ids = row.ids.index_fill(0, row.visual, theirs.config.image_token_id).tolist()
-    found = inputs["input_ids"][0].tolist()
-    same = f"{len(found)} tokens, the first {len(commonprefix([found, ids]))} as expected"
-    hf.need(found == ids, f"{folder}: the prompt in transformers", same, f"{len(ids)} tokens")
-    row = row.to(model.newline.device)
-    hidden = model.read(model.embed(row), row.positions, list(row.lengths))
-    mine = model.llm.lm_head(hidden).cpu()
-    return (theirs(**inputs).logits[0, :, : mine.shape[1]] - mine).abs().max().item()

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from nanollava.evaluate import evaluate_task
 from nanollava.generate import Assistant
-from nanollava.plan import plan
 from nanollava.recipe import read_recipe, with_visual, write_recipe
-from nanollava.sources import import_file
+from nanollava.sources import import_file, tool
+
+plan = tool("plan").plan
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "demo" / "nano"

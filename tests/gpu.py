@@ -30,10 +30,12 @@ from nanollava.cost import forward_flops, rates, step_flops
 from nanollava.generate import Assistant
 from nanollava.llm import flash_varlen
 from nanollava.model import TRAIN, VLM
-from nanollava.plan import memory
 from nanollava.prompts import Turn
 from nanollava.recipe import Stage
 from nanollava.sequence import Document, pack, split
+from nanollava.sources import tool
+
+memory = tool("plan").memory
 
 PHOTO = Path(matplotlib.get_data_path(), "sample_data/grace_hopper.jpg")
 SHAPES = ((640, 480), (480, 640), (1024, 768), (800, 1200), (600, 600), (300, 900), (336, 336))

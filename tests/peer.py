@@ -32,7 +32,6 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from nanollava import hf
 from nanollava.anyres import Visual, parse_budget, parse_grids
 from nanollava.cost import count as totals
 from nanollava.encoder import CLIP_MEAN, CLIP_STD, ENCODERS, Row
@@ -41,6 +40,9 @@ from nanollava.model import VLM
 from nanollava.prompts import IMAGE
 from nanollava.recipe import Recipe
 from nanollava.sequence import Document
+from nanollava.sources import tool
+
+hf = tool("hf")
 
 ROOT = Path(__file__).parent.parent
 MOSAIC = Visual(max_grid="3x3", max_visual_tokens="(4+1)T", budget="mosaic")

@@ -26,16 +26,19 @@ from transformers import (
 )
 
 import nanollava
-from nanollava import hf
 from nanollava.__main__ import run as command
 from nanollava.anyres import best_grid, parse_grids
 from nanollava.encoder import ENCODERS, build
 from nanollava.evaluate import evaluate
 from nanollava.llm import load_llm
-from nanollava.model import VLM, difference, load, save
+from nanollava.model import VLM, load, save
 from nanollava.prompts import stop_ids
 from nanollava.recipe import Recipe
 from nanollava.sequence import pack
+from nanollava.sources import tool
+
+hf = tool("hf")
+difference = hf.difference
 
 pytestmark = pytest.mark.parity
 GROUPED = replace(peer.TINY, kv_heads=2, tied=False)

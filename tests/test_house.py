@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "nanollava").glob("*.py"))
+BESIDE = [*(ROOT / "recipes/tools").glob("*.py"), *(ROOT / "recipes/nano").glob("*.py")]
 ONE_PLACE = {  # a heavy library and the only modules that import it
-    "composer": {"train"}, "open_clip": {"encoder"}, "transformers": {"hf", "llm"},
+    "composer": {"train"}, "open_clip": {"encoder"}, "transformers": {"llm", "hf"},
     "streaming": {"data"}, "gradio": set(), "matplotlib": set(), "flash_attn": {"llm"},
 }  # fmt: skip
 
@@ -44,7 +45,12 @@ def imports(file: Path) -> set[str]:
 def test_size():
     sizes = {file.stem: code_lines(file.read_text()) for file in PACKAGE}
     assert max(sizes.values()) <= 210, sizes
-    assert sum(sizes.values()) <= 2765, sizes  # above DESIGN.md: to be cut to 2,200
+    assert sum(sizes.values()) <= 2200, sizes
+    beside: dict[str, int] = {}
+    for file in BESIDE:
+        folder = file.parent.name
+        beside[folder] = beside.get(folder, 0) + code_lines(file.read_text())
+    print(f"nanollava {sum(sizes.values())}, beside it {beside}")  # pytest -s tests/test_house.py
 
 
 def test_functions_are_short():
@@ -75,7 +81,8 @@ def test_imports_have_at_most_five_floors():
 
 @pytest.mark.parametrize("library", ONE_PLACE)
 def test_heavy_libraries_are_imported_in_one_place(library):
-    found = {f.stem for f in PACKAGE if any(n and n.split(".")[0] == library for n in imports(f))}
+    files = [*PACKAGE, *(ROOT / "recipes/tools").glob("*.py")]
+    found = {f.stem for f in files if any(n and n.split(".")[0] == library for n in imports(f))}
     assert found <= ONE_PLACE[library]
 
 
@@ -88,11 +95,11 @@ def test_readme_names_files_that_exist():
 def test_readme_commands_exist():
     from typer.main import get_command
 
-    from nanollava.__main__ import app
+    from nanollava.__main__ import BESIDE, app
 
     text = (ROOT / "README.md").read_text()
     used = set(re.findall(r"python -m nanollava (\w+)", text))
-    assert used and used <= set(get_command(app).commands)
+    assert used and used <= {*get_command(app).commands, *BESIDE}
     assert "pip install -r requirements.txt" in text and "python -m pytest" in text
 
 

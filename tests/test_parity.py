@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from nanollava import generate, hf
+from nanollava import generate
 from nanollava.anyres import layout
 from nanollava.cost import forward_flops, rates, step_flops
 from nanollava.encoder import build
@@ -27,7 +27,9 @@ from nanollava.llm import load_tokenizer
 from nanollava.model import TRAIN, VLM
 from nanollava.prompts import IGNORE, IMAGE, Turn, encode
 from nanollava.sequence import Document, pack
-from nanollava.why import attention
+from nanollava.sources import tool
+
+hf, attention = tool("hf"), tool("why").attention
 
 pytestmark = pytest.mark.parity
 BENCH = json.loads((Path(__file__).parent / "bench" / "batch.json").read_text())

@@ -9,17 +9,19 @@ import pytest
 import torch
 from launching import ROOT, command, write_recipe
 
-from nanollava import plan as planning
 from nanollava.anyres import open_image
 from nanollava.cost import forward_flops
 from nanollava.data import prepare, usable
 from nanollava.model import VLM
-from nanollava.plan import Sketch, memory, padding, parts_of, plan, sketches
 from nanollava.prompts import read_turns
 from nanollava.recipe import Stage, read_recipe
 from nanollava.sequence import pack
-from nanollava.sources import records
+from nanollava.sources import records, tool
 from nanollava.train import Student
+
+PLAN = tool("plan")
+Sketch, memory, padding, parts_of = PLAN.Sketch, PLAN.memory, PLAN.padding, PLAN.parts_of
+plan, sketches = PLAN.plan, PLAN.sketches
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +117,8 @@ def test_a_sample_costs_what_the_table_of_real_widths_says():
     """(4+1) x 729 visual and 350 text positions, SO400M and Qwen1.5-0.5B: GFLOP forward."""
     recipe = read_recipe(ROOT / "recipes/qwen05b.yaml")
     parts = parts_of(recipe)
-    rate = planning.rates(parts)
-    writer = planning.Writer(None, recipe.visual, 384, 27, "qwen_1_5")
+    rate = PLAN.rates(parts)
+    writer = PLAN.Writer(None, recipe.visual, 384, 27, "qwen_1_5")
     lays = writer.layouts([type("Image", (), {"size": (768, 768)})])
     length = lays[0].tokens + 350
     forward = forward_flops(rate, [Sketch(range(length), lays, 170)], 729, True)

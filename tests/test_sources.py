@@ -31,7 +31,9 @@ from nanollava import data, hub
 from nanollava.data import make_loader, prepare, prepare_source, shard_folder, split_images
 from nanollava.recipe import Recipe, Source, Stage, read_recipe
 from nanollava.sequence import Writer
-from nanollava.sources import function_of, images_of, import_file, records
+from nanollava.sources import function_of, images_of, import_file, records, tool
+
+readers = tool("readers")
 
 ROOT = Path(__file__).parents[1]
 OWN = ROOT / "recipes" / "nano" / "own_source.py"
@@ -423,10 +425,10 @@ def served(monkeypatch, folder, sizes):
 
     files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
     info = SimpleNamespace(dataset_info=lambda *_, **__: SimpleNamespace(siblings=files))
-    monkeypatch.setattr(hub, "snapshot_download", snapshot)
-    monkeypatch.setattr(hub, "HfApi", lambda: info)
+    monkeypatch.setattr(readers, "snapshot_download", snapshot)
+    monkeypatch.setattr(readers, "HfApi", lambda: info)
     in_cache = lambda _, name, **__: None if name.endswith(".zip") else f"/cache/{name}"  # noqa: E731
-    monkeypatch.setattr(hub, "try_to_load_from_cache", in_cache)
+    monkeypatch.setattr(readers, "try_to_load_from_cache", in_cache)
     return asked
 
 
@@ -441,7 +443,9 @@ def test_files_of_the_hub(tmp_path, monkeypatch):
     assert len(read(f"json:{where}")) == 4
     keys = {"repo_type": "dataset", "allow_patterns": ["sub/blip.json", "images.zip"]}
     assert asked == [("some/where", keys)]
-    assert hub.weigh(where) == (8 * 10**9, 5 * 10**9), "other.bin is not wanted, the list is there"
+    assert readers.weigh(where) == (8 * 10**9, 5 * 10**9), (
+        "other.bin is not wanted, the list is there"
+    )
     here = tmp_path / "mine.zip"
     shutil.move(tmp_path / "images.zip", here)
     assert len(read(f"json:hf://datasets/some/where/sub/blip.json+{here}")) == 4
@@ -463,7 +467,7 @@ def failing(kind):
     (GatedRepoError, "accept its terms there, then `hf auth login`"),
 ])  # fmt: skip
 def test_a_renamed_or_gated_dataset_is_named(tmp_path, monkeypatch, kind, advice):
-    monkeypatch.setattr(hub, "snapshot_download", failing(kind))
+    monkeypatch.setattr(readers, "snapshot_download", failing(kind))
     with pytest.raises(FileNotFoundError) as error:
         read("parquet:hf://datasets/old/name/data/*.parquet")
     assert str(error.value).startswith("datasets/old/name: data/*.parquet could not be had: 404")
@@ -769,7 +773,7 @@ def test_the_sources_of_the_blog_are_a_base():
     for name, source in recipe.sources.items():
         assert source.expected and source.origin and source.licence, name
         kind, _, where = source.path.partition(":")
-        dataset, patterns = hub.split_where(where)
+        dataset, patterns = readers.split_where(where)
         assert kind in ("json", "parquet", "webdataset") and all(patterns), name
         assert dataset in source.origin or not dataset, name
     names = """blip558k recap_coco118k recap_blip558k recap_cc3m llava_next_779k cc3m_raw cc12m_raw

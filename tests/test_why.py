@@ -7,11 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from nanollava import why
 from nanollava.anyres import Visual, layout
 from nanollava.generate import Assistant
 from nanollava.model import VLM
 from nanollava.pooling import add_newlines, as_maps, pool
+from nanollava.sources import tool
+
+why = tool("why")
 
 SETTINGS = [
     {"max_grid": "base"}, {}, {"arrange": "flat"}, {"max_visual_tokens": "4T"},

@@ -21,10 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import peer  # noqa: E402
 
 from nanollava.anyres import open_image  # noqa: E402
-from nanollava.plan import memory  # noqa: E402
 from nanollava.prompts import Turn  # noqa: E402
 from nanollava.recipe import Stage  # noqa: E402
 from nanollava.sequence import pack  # noqa: E402
+from nanollava.sources import tool  # noqa: E402
+
+memory = tool("plan").memory
 
 PHOTO = Path(matplotlib.get_data_path(), "sample_data/grace_hopper.jpg")  # 512 x 600, NASA
 ANSWER = "A woman in uniform stands before a flag. " * 8

@@ -9,6 +9,7 @@ counted from shapes: parameters, gradients, Adam's two moments, and what the bac
 Hours are FLOPs at a stated share of the device's peak: an estimate, not a measurement.
 """
 
+import json
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -16,9 +17,11 @@ from itertools import islice
 from math import ceil
 from timeit import repeat
 from types import SimpleNamespace
+from typing import Annotated
 
 import psutil
 import torch
+import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +34,7 @@ from nanollava.llm import load_llm, load_tokenizer
 from nanollava.model import TRAIN
 from nanollava.projector import Projector
 from nanollava.prompts import IGNORE, read_turns
-from nanollava.recipe import Recipe, Stage
+from nanollava.recipe import Recipe, Stage, read_recipe
 from nanollava.runs import steps_of
 from nanollava.sequence import Writer
 from nanollava.sources import records
@@ -228,3 +231,19 @@ def show(stages: dict[str, dict], title: str) -> None:
         print(f"{name}: " + ", ".join(f"{source} {how}" for source, how in x["known"].items()))
         if x["change"]:
             print(f"{name} does not fit. Change: {x['change']}")
+
+
+def main(
+    recipe: Annotated[str, typer.Argument(help="A recipe, e.g. recipes/nano.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    device: Annotated[str, typer.Option(help="h200, h100, a100, 4090 or cpu")] = "h200",
+    devices: Annotated[int, typer.Option(min=1, help="how many of them")] = 1,
+    share: Annotated[float, typer.Option(help="of the peak that is hoped for")] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:  # fmt: skip
+    """Tell a run's tokens, FLOPs, memory and hours before it starts."""
+    stages = plan(read_recipe(recipe, overrides), device, devices, share)
+    if as_json:
+        print(json.dumps(stages, indent=1))
+    else:
+        show(stages, f"{devices} x {device} at {share:.0%} of its peak")
