@@ -45,7 +45,8 @@ def questions(task: Task, seed: int) -> list[tuple[list[Turn], list[bytes], str]
 def answer_all(assistant: Any, writer: Writer, items: Sequence[tuple], room: int, title: str):
     """Answers to items (turns, images, ...), with a progress bar.
 
-    An image that cannot be read is named, and its answer is empty: it counts as wrong.
+    A question that is too long or whose image cannot be read is named, and its answer is empty:
+    it counts as wrong.
     """
     answers, bar = [""] * len(items), tqdm(total=len(items), desc=title, disable=None, leave=False)
     for start in range(0, len(items), AHEAD):
@@ -53,10 +54,9 @@ def answer_all(assistant: Any, writer: Writer, items: Sequence[tuple], room: int
         for i, (turns, images, *_) in enumerate(items[start : start + AHEAD], start):
             try:
                 pictures = [open_image(data) for data in images]
+                documents.append((i, writer(turns, pictures, name=str(i), answer=True)))
             except ValueError as error:
                 print(f"{title}, question {i}: {error}; counted as wrong")
-                continue
-            documents.append((i, writer(turns, pictures, name=f"{title} {i}", answer=True)))
         documents.sort(key=lambda pair: -len(pair[1].ids))
         while documents:
             n = max(1, BATCH // (len(documents[0][1].ids) + room))

@@ -62,8 +62,9 @@ def read_turns(conversations: Sequence[dict], images: int) -> list[Turn]:
 
     As in the released code, a turn's only `<image>` moves to the front, followed by a newline.
     """
-    if not conversations:
-        raise ValueError("the conversation is empty; expected turns from human and gpt")
+    if not isinstance(conversations, (list, tuple)) or not conversations:
+        told = f"conversations: {conversations!r:.40}"
+        raise ValueError(f"{told}; expected turns from human and gpt")
     turns: list[Turn] = []
     for i, message in enumerate(conversations):
         expected, role = (("human", "user"), ("gpt", "assistant"))[i % 2]

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from nanollava.recipe import Recipe, Stage, differences, read_recipe, write_recipe
+from nanollava.sequence import Document
 
 PACKAGES = ("torch", "transformers", "mosaicml", "mosaicml-streaming", "open_clip_torch")
 COLUMNS = ("stage", "step", "source", "loss", "tokens", "lr", "seconds")
@@ -78,6 +80,15 @@ def add_losses(run: str | Path, rows: Iterable[tuple]) -> None:
     """Append rows of COLUMNS."""
     with (Path(run) / "losses.csv").open("a", newline="") as file:
         csv.writer(file).writerows(rows)
+
+
+def tell_notes(run: Path, stage: str, documents: Iterable[Document]) -> None:
+    """Name the samples that were cut or left out: all in notes.txt, a batch's first on screen."""
+    notes = [document.note for document in documents if document.note]
+    if notes:
+        with (run / "notes.txt").open("a") as file:
+            file.writelines(f"{stage}: {note}\n" for note in notes)
+        tqdm.write(f"{stage}: {notes[0]} (1 of {len(notes)} in this batch; {run}/notes.txt)")
 
 
 class Expected:

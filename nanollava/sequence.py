@@ -5,7 +5,6 @@ views. `pack` lays documents end to end; positions restart at each; hidden state
 i + 1 of the same document, and only where that token is learned is the lm_head run at all.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -28,6 +27,7 @@ class Document:
     layouts: tuple[Layout, ...]  # one per image
     source: str = ""
     name: str = ""
+    note: str = ""  # what was cut or left out of it
 
     @property
     def learned(self) -> int:
@@ -97,40 +97,42 @@ class Writer:
         alone = self.visual if len(images) == 1 else replace(self.visual, max_grid="base")
         return tuple(layout(image.size, alone, self.tile, self.side) for image in images)
 
-    def ids(
-        self, turns: Sequence[Turn], images: Sequence[Image], name: str = "", answer: bool = False
-    ) -> tuple[Tensor, Tensor, tuple[Layout, ...]]:
-        """A document's int64[S] ids and labels and its layouts: all but its pixels.
+    def plain(
+        self, turns: Sequence[Turn], images: Sequence[Image], name: str = "", source: str = "",
+        answer: bool = False,
+    ) -> Document:  # fmt: skip
+        """A document without its pixels.
 
-        One over `max_length` loses its last words, with a warning. Raises ValueError where image
-        tokens or all that is supervised would go, and, unless `answer`, where nothing is.
+        One over `max_length` loses its last words; where image tokens or all that is supervised
+        would go, it is left out: one position that teaches nothing. Its `note` says so. Raises
+        ValueError for a question that does not fit and, unless `answer`, where nothing is learned.
         """
-        layouts = self.layouts(images)
+        layouts, most = self.layouts(images), self.max_length
         words, marks = encode(self.tokenizer, turns, self.template, self.label_mask, answer)
         ids, labels = expand(words, marks, layouts)
-        most = self.max_length
-        spare = not answer and (labels[1:most] != IGNORE).any() and not (ids[most:] == IMAGE).any()
-        if len(ids) > most and spare:
-            warnings.warn(f"sample {name}: {len(ids)} positions cut to {most}", stacklevel=2)
-            ids, labels = ids[:most], labels[:most]
-        if len(ids) > most:
-            visual, sizes = sum(lay.length for lay in layouts), [lay.size for lay in layouts]
-            told = f"{len(ids)} positions, {visual} of them for images of {sizes} pixels"
-            advice = f"max_length is {most}. Raise it or lower visual.max_visual_tokens"
-            raise ValueError(f"sample {name}: {told}; {advice}")
+        none = torch.zeros(0, 3, self.tile, self.tile, dtype=torch.uint8)
         if not answer and not (labels[1:] != IGNORE).any():
             raise ValueError(f"sample {name}: no supervised token; an answer is empty or missing")
-        return ids, labels, layouts
+        if len(ids) <= most:
+            return Document(ids, labels, none, layouts, source, name)
+        visual, sizes = sum(lay.length for lay in layouts), [lay.size for lay in layouts]
+        told = f"sample {name}: {len(ids)} positions, {visual} of them for images of {sizes} pixels"
+        told += f"; max_length is {most}. Raise it or lower visual.max_visual_tokens"
+        if answer:
+            raise ValueError(told)
+        if (labels[1:most] != IGNORE).any() and not (ids[most:] == IMAGE).any():
+            return Document(ids[:most], labels[:most], none, layouts, source, name, f"{told}; cut")
+        zero = torch.zeros(1, dtype=torch.int64)
+        return Document(zero, zero + IGNORE, none, (), source, name, f"{told}; left out")
 
     def __call__(
         self, turns: Sequence[Turn], images: Sequence[Image], name: str = "", source: str = "",
         answer: bool = False,
     ) -> Document:  # fmt: skip
         """A document; with `answer` it ends where an answer begins, for generation."""
-        ids, labels, layouts = self.ids(turns, images, name, answer)
-        none = torch.zeros(0, 3, self.tile, self.tile, dtype=torch.uint8)
-        views = [cut_views(image, lay) for image, lay in zip(images, layouts, strict=True)]
-        return Document(ids, labels, torch.cat([none, *views]), layouts, source, name)
+        plain = self.plain(turns, images, name, source, answer)
+        views = [cut_views(image, lay) for image, lay in zip(images, plain.layouts, strict=False)]
+        return replace(plain, views=torch.cat([plain.views, *views]))
 
 
 def pack(documents: Sequence[Document], tile: int) -> Pack:

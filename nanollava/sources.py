@@ -83,7 +83,8 @@ def records(source: Any, seed: int) -> Iterator[dict]:
         if not isinstance(record, dict):
             raise ValueError(f"{source.path} yielded {record!r:.60}; expected a record (a dict)")
         record.setdefault("id", str(i))
-        for turn in record.get("conversations") or () if prompt else ():
+        turns = record.get("conversations") if prompt else ()
+        for turn in turns if isinstance(turns, (list, tuple)) else ():
             if isinstance(turn, dict) and str(turn.get("value")).strip() == "<image>":
                 turn["value"] = f"<image>\n{prompt}"
         yield record

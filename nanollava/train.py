@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 
 import torch
@@ -121,7 +121,8 @@ class Report(Callback):
         *rows, (stop, _) = over_processes(table, "SUM").tolist()
         student.table.zero_()
         self.stop = bool(stop)
-        step, loss = int(state.timestamp.batch), rows[-1][0] / rows[-1][1]
+        runs.tell_notes(self.run, self.name, state.batch)
+        step, loss = int(state.timestamp.batch), rows[-1][0] / (rows[-1][1] or nan)
         if not isfinite(loss):
             names = [document.name for document in state.batch]
             raise ValueError(f"{self.name} step {step}: the loss is {loss}; samples {names}")

@@ -299,15 +299,16 @@ def test_several_images_stay_where_they_are():
 
 
 @pytest.mark.parametrize("conversations,images,message", [
-    ([], 0, "the conversation is empty"),
-    (None, 0, "the conversation is empty"),
+    ([], 0, "expected turns from human and gpt"),
+    (None, 0, "None; expected turns"),
+    (5, 0, "5; expected turns"),
     (record("a", "b")[1:], 0, "turn 0 is from 'gpt'; expected 'human'"),
     ([*record("a"), *record("b")], 0, "turn 1 is from 'human'; expected 'gpt'"),
     ([{"from": "human"}], 0, "turn 0 is .*expected a from and a text value"),
     ([{"from": "human", "value": None}], 0, "turn 0 is .*expected a from and a text value"),
     ([{"value": "a"}], 0, "turn 0 is from None; expected 'human'"),
     (["hello"], 0, "turn 0 is 'hello'"),
-    ("hello", 0, "turn 0 is 'h'"),
+    ("hello", 0, "conversations: 'hello'; expected turns"),
     (record("<image> a", "b"), 0, "1 <image> in the conversation for 0 images"),
     (record("a", "b"), 1, "0 <image> in the conversation for 1 images"),
     (record("<image><image>", "b"), 1, "2 <image> in the conversation for 1 images"),

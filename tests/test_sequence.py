@@ -1,7 +1,9 @@
 """Sequence: documents end to end; nothing crosses from one to the next, nothing is lost."""
 
 import random
+import re
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,16 +84,22 @@ def test_too_long_names_sample_size_tokens_and_limit(tokenizer):
     visual = Visual("3x3", max_visual_tokens="10T")
     size = len(Writer(tokenizer, visual, 48, 6, "qwen_1_5")(TURNS, [picture(144, 96)]).ids)
     assert Writer(tokenizer, visual, 48, 6, "qwen_1_5", max_length=size)(TURNS, [picture(144, 96)])
-    with pytest.warns(UserWarning, match=f"{size} positions cut to {size - 1}"):
-        less = Writer(tokenizer, visual, 48, 6, "qwen_1_5", max_length=size - 1)
-        assert len(less(TURNS, [picture(144, 96)]).ids) == size - 1
+    less = Writer(tokenizer, visual, 48, 6, "qwen_1_5", max_length=size - 1)
+    cut = less(TURNS, [picture(144, 96)], name="page-7", source="a")
+    assert len(cut.ids) == len(cut.labels) == size - 1 and len(cut.views) == cut.layouts[0].views
+    assert cut.note.startswith(f"sample page-7: {size} positions") and cut.note.endswith("; cut")
     short = Writer(tokenizer, visual, 48, 6, "qwen_1_5", max_length=200)
     message = (
         rf"sample page-7: {size} positions, 264 of them for images of \[\(144, 96\)\] pixels; "
         "max_length is 200"
     )
-    with pytest.raises(ValueError, match=message):
-        short(TURNS, [picture(144, 96)], name="page-7")
+    out = short(TURNS, [picture(144, 96)], name="page-7", source="a")
+    assert re.match(message + ".*; left out", out.note) and out.source == "a"
+    assert len(out.ids) == 1 and not out.learned and not out.layouts and not len(out.views)
+    wordy = [replace(TURNS[0], text=f"{TURNS[0].text} {'tax ' * 500}"), *TURNS[1:]]
+    assert short(wordy, [picture(48, 48)]).note.endswith("left out"), "the answer would go"
+    with pytest.raises(ValueError, match="sample page-7: .* of them for images"):
+        short(TURNS[:1], [picture(144, 96)], name="page-7", answer=True)
     with pytest.raises(ValueError, match="sample x"):
         short(TURNS[:1] * 9, [picture(144, 96)] * 9, name="x", answer=True)
 

@@ -149,10 +149,22 @@ def test_shards_equal_whole_copies_also_after_a_kill(tiny):
     """FSDP over two processes, killed in stage 2, against one process without it."""
     recipe, run = tiny
     shards, flags = run.parent / "shards", ("-n", "2")
-    stop_at(start(recipe, f"run={shards}", "shard=true", flags=flags), shards,
+    keys = ("shard=true", "stages.stage2.checkpoint_activations=true")
+    stop_at(start(recipe, f"run={shards}", *keys, flags=flags), shards,
             ("stage2", 8), signal.SIGKILL)  # fmt: skip
-    finish(start(recipe, f"run={shards}", "shard=true", flags=flags))
+    finish(start(recipe, f"run={shards}", *keys, flags=flags))
     check_same_course(run, shards)
+
+
+def test_what_is_too_long_is_named_and_does_not_stop_a_run(tiny):
+    """Of pages of 192 x 192 pixels not even the question fits; long words are cut."""
+    recipe, run = tiny
+    short, keys = run.parent / "short", ("max_length=180", "stages.stage1=null")
+    told = finish(start(recipe, f"run={short}", *keys, "tasks.nano-mixed=null"))
+    notes = (short / "notes.txt").read_text().splitlines()
+    assert any(x.endswith("left out") for x in notes) and notes[0] in told
+    assert all("max_length is 180" in x for x in notes)
+    assert max(step for stage, step in losses(short) if stage == "stage2") == 20
 
 
 def test_a_stage_that_is_over_leaves_nothing_behind(tiny, monkeypatch):

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nanollava.anyres import Visual, parse_budget, parse_grids
-from nanollava.encoder import ENCODERS, Row
+from nanollava.encoder import ENCODERS, Row, build
 from nanollava.llm import load_tokenizer
 from nanollava.model import load, load_tensors
 from nanollava.prompts import PLACEHOLDER, TEMPLATES, Turn, stop_ids
@@ -77,6 +77,15 @@ def tower(row: Row) -> dict[str, Any]:
         "hidden_act": "gelu_pytorch_tanh" if row.tanh else "quick_gelu",
         "vision_feature_select_strategy": "full" if row.tanh else "default",  # no class token
     }  # fmt: skip
+
+
+def sizes(block: nn.Module) -> dict[str, Any]:
+    """What a block of an encoder says in words of config.json."""
+    return {
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": len(next(block.mlp.parameters())),
+        "layer_norm_eps": next(m.eps for m in block.modules() if isinstance(m, nn.LayerNorm)),
+    }
 
 
 def our_name(name: str, row: Row) -> str:
@@ -134,7 +143,7 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     need(kind == "llava_onevision", f"{there}model_type", kind, "llava_onevision")
     encoder, ratio = find_encoder(config, there), config.vision_aspect_ratio
     R, pinpoints = ENCODERS[encoder].tile, config.image_grid_pinpoints  # H, W
-    whole = not any(side % R for pair in pinpoints for side in pair)
+    whole = pinpoints and not any(side % R for pair in pinpoints for side in pair)
     need(whole, f"{there}image_grid_pinpoints", pinpoints, f"multiples of {R}")
     number = re.fullmatch(r"anyres_max_([1-9]\d*)", ratio)
     need(number, f"{there}vision_aspect_ratio", ratio, "anyres_max_9 or another number")
@@ -145,6 +154,7 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
               "max_visual_tokens": f"({number[1]}+1)T", "budget": "mosaic"}  # fmt: skip
     keys = {"encoder": encoder, "connector": config.projector_hidden_act, "llm": str(folder),
             "template": fit[0], "visual": visual}  # fmt: skip
+    check_pixels(folder, ENCODERS[encoder])
     state = read_tensors(folder, ENCODERS[encoder])
     if config.get_text_config().tie_word_embeddings:
         state.pop("llm.lm_head.weight", None)  # some folders hold it twice
@@ -159,9 +169,22 @@ def find_encoder(config: transformers.LlavaOnevisionConfig, there: str) -> str:
     known = {name: tower(row) | {"vision_feature_layer": row.blocks - layers - 1}
              for name, row in ENCODERS.items() if tower(row)}  # fmt: skip
     name = max(known, key=lambda n: sum(given.get(k) == v for k, v in known[n].items()))
-    for key, value in known[name].items():
+    with torch.device("meta"):
+        block = build(ENCODERS[name], "random").blocks[0]
+    for key, value in (known[name] | sizes(block)).items():
         need(given.get(key) == value, f"{there}{key}", given.get(key), value)
     return name
+
+
+def check_pixels(folder: Path, row: Row) -> None:
+    """Raises ValueError where a folder's images are not prepared as the encoder's row says."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        given = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        given = given.get("image_processor", given)  # transformers 5 has all in one file
+        for key, value in (("image_mean", row.mean), ("image_std", row.std), ("resample", (3,))):
+            found = given.get(key, value)  # 3: bicubic
+            near = torch.allclose(torch.tensor(found).float(), torch.tensor(value).float())
+            need(near, f"{folder / name}: {key}", found, value)
 
 
 def read_tensors(folder: Path, row: Row) -> dict[str, Tensor]:
@@ -199,9 +222,8 @@ def to_config(model: Any, words: Any) -> transformers.LlavaOnevisionConfig:
     image, video = words.convert_tokens_to_ids([PLACEHOLDER, "<video>"])
     return transformers.LlavaOnevisionConfig(
         vision_feature_select_strategy=vision.pop("vision_feature_select_strategy"),
-        vision_config=vision | {
-            "num_hidden_layers": row.blocks, "num_attention_heads": block.attn.num_heads,
-            "intermediate_size": len(next(block.mlp.parameters())), "vision_use_head": False},
+        vision_config=vision | sizes(block) | {
+            "num_hidden_layers": row.blocks, "vision_use_head": False},
         text_config=text | {
             "vocab_size": max(text["vocab_size"], image + 1, video + 1), "_name_or_path": "",
             "dtype": "float32"},
@@ -225,7 +247,7 @@ def write(model: Any, folder: str | Path) -> None:
     config, ends = to_config(model, words), stop_ids(words, model.recipe.template)
     theirs = transformers.LlavaOnevisionForConditionalGeneration(config)
     copy(dict(model.named_parameters()), theirs, row)
-    pad = words.pad_token_id or ends[0]
+    pad = ends[0] if words.pad_token_id is None else words.pad_token_id
     theirs.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     theirs.save_pretrained(folder)
     pixels = {"size": {"height": row.tile, "width": row.tile},

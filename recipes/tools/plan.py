@@ -11,6 +11,7 @@ Hours are FLOPs at a stated share of the device's peak: an estimate, not a measu
 
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -33,7 +34,7 @@ from nanollava.encoder import ENCODERS, build
 from nanollava.llm import load_llm, load_tokenizer
 from nanollava.model import TRAIN
 from nanollava.projector import Projector
-from nanollava.prompts import IGNORE, read_turns
+from nanollava.prompts import read_turns
 from nanollava.recipe import Recipe, Stage, read_recipe
 from nanollava.runs import steps_of
 from nanollava.sequence import Writer
@@ -67,10 +68,15 @@ def sketches(recipe: Recipe, name: str, writer: Writer) -> tuple[list[Sketch], i
     """Documents of a source, how many samples it has, and how the documents are known."""
     rows, source, out = stored(recipe, name), recipe.sources[name], []
     samples = source.samples or source.expected if rows is None else len(rows)
+    if not samples:
+        raise ValueError(f"sources.{name}: how many? Say `samples` or `expected`, or run prepare")
     if rows is None and "hf://" in source.path:
         if not source.assume.sizes:
             raise ValueError(f"sources.{name}: neither shards (run prepare) nor `assume.sizes`")
         for size, share in source.assume.sizes.items():
+            if not re.fullmatch(r"[1-9]\d*x[1-9]\d*|none", size) or not 0 < share <= 1:
+                told = f"sources.{name}.assume.sizes: {size}: {share}"
+                raise ValueError(f"{told}; expected e.g. 640x480: 0.7 or none: 0.3")
             W, _, H = size.partition("x")
             images = [SimpleNamespace(size=(int(W), int(H)))] if H else []  # "none": text only
             layouts = writer.layouts(images)
@@ -85,8 +91,10 @@ def sketches(recipe: Recipe, name: str, writer: Writer) -> tuple[list[Sketch], i
     writer = replace(writer, tokenizer=load_tokenizer(recipe.llm))
     for row, images in found:
         turns = read_turns(row["conversations"], len(images))
-        ids, labels, layouts = writer.ids(turns, [open_image(data) for data in images], name)
-        out.append(Sketch(range(len(ids)), layouts, int((labels[1:] != IGNORE).sum())))
+        plain = writer.plain(turns, [open_image(data) for data in images], name)
+        out.append(Sketch(range(len(plain.ids)), plain.layouts, plain.learned))
+    if not out:
+        raise ValueError(f"sources.{name}: none of its first records can be read: run prepare")
     return out, samples, f"measured on {len(out)}"
 
 

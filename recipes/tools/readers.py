@@ -47,8 +47,10 @@ def split_where(where: str) -> tuple[str, list[str]]:
     first, *others = where.split("+")
     if not first.startswith(HUB):
         return "", [first, *(str(Path(first).parent / other) for other in others)]
-    org, name, *rest = first.removeprefix(HUB).split("/")
-    return f"{org}/{name}", ["/".join(rest), *others]
+    org, name, *rest = [*first.removeprefix(HUB).split("/"), ""]
+    if not org or not name or not rest[0]:
+        raise ValueError(f"{where}: write hf://datasets/ORG/NAME/PATTERN, e.g. .../data/*.parquet")
+    return f"{org}/{name}", ["/".join(rest[:-1]), *others]
 
 
 def locate(where: str) -> list[Path]:
@@ -118,7 +120,8 @@ def from_tables(kind: str, files: list[Path]) -> Iterator[dict]:
 
     for file in files:
         with reading(file), file.open("rb") as end:
-            if kind == "webdataset" and end.seek(-1024, 2) and any(end.read()):
+            end.seek(max(0, file.stat().st_size - 1024))
+            if file.suffix == ".tar" and any(end.read() or b"?"):
                 raise ValueError("cut off: a tar ends in zeros")  # the reader may not notice
             rows = load_dataset(kind, data_files=str(file), split="train", streaming=True)
             there = sorted(rows.features)
@@ -138,6 +141,8 @@ def from_json(kind: str, files: list[Path]) -> Iterator[dict]:
     from datasets import StreamingDownloadManager
 
     boxes = [file for file in files if file.suffix != ".json"]
+    if len(boxes) == len(files):
+        raise ValueError(f"json: wants a list whose name ends in .json, found {boxes[0].name}")
     waiting: dict[Path, list[dict]] = {}
     for file in (file for file in files if file.suffix == ".json"):
         with reading(file):
@@ -166,7 +171,10 @@ def from_pdf(kind: str, files: list[Path]) -> Iterator[dict]:
     """Each page of each PDF as an image, and the text that it holds as the answer."""
     from pypdfium2 import PdfDocument, PdfiumError
 
-    for file in (file for file in files if file.suffix.lower() == ".pdf"):
+    files = [file for file in files if file.suffix.lower() == ".pdf"]
+    if not files:
+        raise ValueError("pdf: wants a folder or files whose names end in .pdf; there is none")
+    for file in files:
         try:
             for i, page in enumerate(PdfDocument(file), 1):
                 text = page.get_textpage().get_text_bounded().replace("\r\n", "\n")
