@@ -13,7 +13,7 @@ from nanollava.sources import function_of, tool
 # What typer raises for a wrong command line, of click or of its own copy of it.
 USAGE = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-BESIDE = {"plan": "plan", "export": "hf"}  # commands that are files of recipes/tools
+BESIDE = ("plan", "export")  # commands that are files of recipes/tools
 RecipeFile = Annotated[str, typer.Argument(help="A recipe, e.g. recipes/nano.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
 Run = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/nano, or a LlavaOnevision's")]
@@ -91,7 +91,7 @@ def run(arguments: list[str] | None = None) -> None:
     asked = (arguments or sys.argv[1:] or [""])[0]
     if asked not in [command.callback.__name__ for command in app.registered_commands]:
         for name in [asked] if asked in BESIDE else BESIDE:  # all of them for --help
-            app.command(name)(tool(BESIDE[name]).main)
+            app.command(name)(tool(name).main)
     try:
         app(arguments, prog_name="nanollava", standalone_mode=False)
     except USAGE as error:

@@ -95,13 +95,10 @@ def rows() -> dict[tuple[str, int], tuple[str, str, str]]:
             if "infer" in row:
                 asked = "max_grid: {max_grid}, max_visual_tokens: {max_visual_tokens}"
                 keys.append(f"settings.{place}={{{asked.format(**row['infer'])}}}")
-            missing, typed = (
-                row.get("missing"),
-                command(str(base.resolve().relative_to(HERE)), keys),
-            )
-            found[row["table"], row["blog"]] = (
-                (name, f"data {missing}", "") if missing else (name, typed, told(recipe))
-            )
+            typed, letters = command(str(base.resolve().relative_to(HERE)), keys), told(recipe)
+            if "missing" in row:
+                typed, letters = f"data {row['missing']}", ""
+            found[row["table"], row["blog"]] = (name, typed, letters)
     return found
 
 
@@ -123,8 +120,8 @@ def ledger() -> str:
         "Every row of the blog's tables: what it printed, the command that trains it, and where it "
         "differs from the blog or from its released code, read off the resolved recipe by `python "
         "recipes/ledger.py`. **Ours: not run**, in every row: this was built without a GPU or a "
-        "download. "
-        "Rows that need several GPUs want `composer -n N`; nano results are in the notebooks.",
+        "download. Rows that need several GPUs want `composer -n N`; nano results are in the "
+        "notebooks.",
         "",
     ]
     lines += [f"- {letter}: {note}." for letter, (note, _) in NOTES.items()]

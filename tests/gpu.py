@@ -135,10 +135,8 @@ def training(model: VLM, documents: list[Document], device: str, steps: int, bud
          ">= 45%")  # fmt: skip
     if device == "cuda":
         stage = Stage(microbatch_tokens=budget, batch_size=n)
-        need = (
-            sum(memory(model.recipe, stage, model, peer.averages(documents), 1, "bf16").values())
-            / 1e9
-        )
+        need = memory(model.recipe, stage, model, peer.averages(documents), 1, "bf16")
+        need = sum(need.values()) / 1e9
         told("peak memory", f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB, plan {need:.1f} GB")
     return seconds
 

@@ -37,8 +37,7 @@ from nanollava.recipe import Recipe
 from nanollava.sequence import pack
 from nanollava.sources import tool
 
-hf = tool("hf")
-difference = hf.difference
+hf, difference = tool("hf"), tool("export").difference
 
 pytestmark = pytest.mark.parity
 GROUPED = replace(peer.TINY, kv_heads=2, tied=False)

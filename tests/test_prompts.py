@@ -299,7 +299,7 @@ def test_several_images_stay_where_they_are():
 
 
 @pytest.mark.parametrize("conversations,images,message", [
-    ([], 0, "expected turns from human and gpt"),
+    ([], 0, r"conversations: \[\]; expected turns from human and gpt"),
     (None, 0, "None; expected turns"),
     (5, 0, "5; expected turns"),
     (record("a", "b")[1:], 0, "turn 0 is from 'gpt'; expected 'human'"),
