@@ -351,7 +351,11 @@ def edit(folder: Path, key: str, value) -> None:
     ("vision_config.num_hidden_layers", 3, "-2"),
     ("vision_config.num_hidden_layers", 1, "0"),
     ("vision_feature_select_strategy", "default", "'full'"),
+    ("vision_config.num_attention_heads", 8, "4"),
+    ("vision_config.intermediate_size", 180, "179"),
+    ("vision_config.layer_norm_eps", 1e-5, "1e-06"),
     ("image_grid_pinpoints", [[80, 150]], "'multiples of 75'"),
+    ("image_grid_pinpoints", [], "'multiples of 75'"),
     ("vision_aspect_ratio", "pad", "'anyres_max_"),
 ])  # fmt: skip
 def test_what_no_recipe_can_say_is_named(key, value, needed, copied):
@@ -360,6 +364,20 @@ def test_what_no_recipe_can_say_is_named(key, value, needed, copied):
     if name == "num_hidden_layers":
         name, given = "vision_feature_layer", -1
     told = f"has no recipe.yaml: {name} is {re.escape(repr(given))}; expected {needed}"
+    with pytest.raises(ValueError, match=told):
+        load(copied.folder)
+
+
+@pytest.mark.parametrize("key,value", [
+    ("image_mean", [0.48, 0.46, 0.41]), ("image_std", [0.27, 0.26, 0.28]), ("resample", 2),
+])  # fmt: skip
+def test_other_pixels_are_named(key, value, copied):
+    file = copied.folder / "preprocessor_config.json"  # in transformers 5 a part of another
+    file = file if file.is_file() else copied.folder / "processor_config.json"
+    config = json.loads(file.read_text())
+    config.get("image_processor", config)[key] = value
+    file.write_text(json.dumps(config))
+    told = f"{file.name}: {key} is {re.escape(repr(value))}; expected"
     with pytest.raises(ValueError, match=told):
         load(copied.folder)
 

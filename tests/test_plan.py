@@ -14,7 +14,7 @@ from nanollava.cost import forward_flops
 from nanollava.data import prepare, usable
 from nanollava.model import VLM
 from nanollava.prompts import read_turns
-from nanollava.recipe import Stage, read_recipe
+from nanollava.recipe import Source, Stage, read_recipe
 from nanollava.sequence import pack
 from nanollava.sources import records, tool
 from nanollava.train import Student
@@ -169,6 +169,36 @@ def test_sources_that_cannot_be_looked_at_are_assumed_and_said_so():
     recipe = replace(recipe, sources={"blip558k": bare})
     with pytest.raises(ValueError, match="sources.blip558k: neither shards.*prepare.*assume.sizes"):
         sketches(recipe, "blip558k", None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"640": 1.0}, "640: 1.0; expected e.g. 640x480"),
+        ({"0x480": 1.0}, "0x480: 1.0; expected"),
+        ({"640x480": 70.0}, "640x480: 70.0; expected"),
+        ({"none": 0.0}, "none: 0.0; expected"),
+    ],
+)
+def test_assumptions_that_mean_nothing_are_refused(sizes, told):
+    recipe = read_recipe(ROOT / "recipes/qwen05b.yaml")
+    source = recipe.sources["blip558k"]
+    wrong = replace(source, assume=replace(source.assume, sizes=sizes))
+    recipe = replace(recipe, sources={"blip558k": wrong})
+    with pytest.raises(ValueError, match=f"sources.blip558k.assume.sizes: {told}"):
+        sketches(recipe, "blip558k", None)
+
+
+def test_a_source_of_unknown_size_or_without_records_is_named(tmp_path, tiny):
+    own = tmp_path / "own.py"
+    own.write_text("def some(**_):\n    yield {'id': 'a', 'image': [b'?'], 'conversations': []}\n")
+    sources = {"mine": Source(f"{own}:some")}
+    with pytest.raises(ValueError, match="sources.mine: how many. Say `samples` or `expected`"):
+        sketches(replace(tiny, sources=sources), "mine", None)
+    sources = {"mine": Source(f"{own}:some", samples=1)}
+    recipe = replace(tiny, sources=sources)
+    with pytest.raises(ValueError, match="sources.mine: none of its first records can be read"):
+        sketches(recipe, "mine", VLM(recipe, "random").writer(recipe.visual))
 
 
 @pytest.mark.parametrize("keys", [{"device": "tpu"}, {"devices": 0}, {"share": 0.0}])

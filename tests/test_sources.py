@@ -396,6 +396,28 @@ def test_cut_files_are_named(tmp_path):
         read(f"json:{tmp_path}/a.json")
 
 
+@pytest.mark.parametrize("size", [100, 511, 512, 1024, 5000])
+def test_a_tar_without_its_end_is_cut_however_small(size, tmp_path):
+    write_tar(tmp_path / "w.tar", {"1.jpg": os.urandom(size), "1.txt": b"a dot"}, "w")
+    assert len(read(f"webdataset:{tmp_path}/w.tar")) == 1
+    whole = (tmp_path / "w.tar").read_bytes().rstrip(b"\0")
+    (tmp_path / "w.tar").write_bytes(whole)
+    with pytest.raises(ValueError, match=f"{tmp_path}/w.tar: cut off: a tar ends in zeros"):
+        read(f"webdataset:{tmp_path}/w.tar")
+
+
+@pytest.mark.parametrize(("path", "told"), [
+    ("parquet:hf://datasets/org/name", "write hf://datasets/ORG/NAME/PATTERN"),
+    ("parquet:hf://datasets/org/", "write hf://datasets/ORG/NAME/PATTERN"),
+    ("parquet:hf://datasets//name/*.parquet", "write hf://datasets/ORG/NAME/PATTERN"),
+    (f"json:{ROOT}/README.md", "json: wants a list whose name ends in .json, found README.md"),
+    (f"pdf:{ROOT}/README.md", "pdf: wants a folder or files whose names end in .pdf"),
+])  # fmt: skip
+def test_addresses_that_mean_nothing_are_refused(path, told):
+    with pytest.raises(ValueError, match=told):
+        read(path)
+
+
 def test_tables_of_other_columns_are_refused(tmp_path):
     datasets.Dataset.from_list([{"question": "q", "answer": "a"}]).to_parquet(
         tmp_path / "a.parquet"
