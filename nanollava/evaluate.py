@@ -7,6 +7,7 @@ share. A nano task is named nano-something: it is no benchmark.
 
 import hashlib
 import json
+import string
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -29,6 +30,7 @@ from nanollava.sequence import Document, Writer
 from nanollava.sources import images_of, records
 
 BATCH = 8192  # positions of a batch of prompts
+DIGITS = string.digits + string.ascii_letters + "+/"
 AHEAD = 256  # questions whose views are in memory at once
 
 
@@ -42,13 +44,16 @@ def questions(task: Task, seed: int) -> list[tuple[list[Turn], list[bytes], str]
     return out
 
 
-def answer_all(assistant: Any, writer: Writer, items: Sequence[tuple], room: int, title: str):
-    """Answers to items (turns, images, ...), with a progress bar.
+def answer_all(
+    assistant: Any, writer: Writer, items: Sequence[tuple], room: int, title: str
+) -> tuple[list[str], list[int]]:
+    """Answers to items (turns, images, ...) and their visual tokens, with a progress bar.
 
     A question that is too long or whose image cannot be read is named, and its answer is empty:
     it counts as wrong.
     """
-    answers, bar = [""] * len(items), tqdm(total=len(items), desc=title, disable=None, leave=False)
+    answers, tokens = [""] * len(items), [0] * len(items)
+    bar = tqdm(total=len(items), desc=title, disable=None, leave=False)
     for start in range(0, len(items), AHEAD):
         documents: list[tuple[int, Document]] = []
         for i, (turns, images, *_) in enumerate(items[start : start + AHEAD], start):
@@ -62,11 +67,16 @@ def answer_all(assistant: Any, writer: Writer, items: Sequence[tuple], room: int
             n = max(1, BATCH // (len(documents[0][1].ids) + room))
             batch, documents = documents[:n], documents[n:]
             texts = assistant.answer([d for _, d in batch], room)
-            for (i, _), text in zip(batch, texts, strict=True):
-                answers[i] = text
+            for (i, document), text in zip(batch, texts, strict=True):
+                answers[i], tokens[i] = text, sum(lay.tokens for lay in document.layouts)
             bar.update(len(batch))
     bar.close()
-    return answers
+    return answers, tokens
+
+
+def digits(rows: np.ndarray) -> str:
+    """Scores in 0..1 as one character each, in 64 steps: what a comparison of questions needs."""
+    return "".join(DIGITS[i] for i in np.rint(63 * rows).astype(int).ravel())
 
 
 def interval(rows: np.ndarray, total: Any) -> tuple[float, float]:
@@ -94,11 +104,12 @@ def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict
     """One task at one setting -> its result row (None on all processes but the first)."""
     recipe: Recipe = assistant.model.recipe
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    start, items = time.perf_counter(), questions(task, recipe.seed)
+    items, start, used = questions(task, recipe.seed), time.perf_counter(), time.process_time()
     mine, title = items[rank::world], f"{name}, grid {visual.max_grid}"
     writer = assistant.model.writer(visual)
-    answers = answer_all(assistant, writer, mine, task.max_new_tokens, title)
-    pairs = [(text, item[2]) for text, item in zip(answers, mine, strict=True)]
+    answers, tokens = answer_all(assistant, writer, mine, task.max_new_tokens, title)
+    seconds, used = time.perf_counter() - start, time.process_time() - used
+    pairs = [(text, item[2], n) for text, item, n in zip(answers, mine, tokens, strict=True)]
     if world > 1:
         shares: list = [None] * world
         dist.all_gather_object(shares, pairs)
@@ -106,13 +117,14 @@ def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict
     if rank:
         return None
     score, total = METRICS[task.metric]
-    rows = np.array([score(p, r) for p, r in pairs], dtype=float)
+    rows = np.array([score(p, r) for p, r, _ in pairs], dtype=float)
     low, high = interval(rows, total)
     return {
         "task": name, "metric": task.metric, "score": round(float(total(rows)), 4),
         "low": round(low, 4), "high": round(high, 4), "n": len(pairs),
-        "chance": round(chance([r for _, r in pairs], task.metric), 4),
-        "seconds": round(time.perf_counter() - start, 2),
+        "chance": round(chance([r for _, r, _ in pairs], task.metric), 4),
+        "tokens": round(float(np.mean([n for *_, n in pairs])), 1),
+        "seconds": round(seconds, 2), "cpu_seconds": round(used, 2), "each": digits(rows),
     }  # fmt: skip
 
 

@@ -258,12 +258,12 @@ def used_sources(recipe: Recipe) -> set[str]:
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
     """'key: old -> new' for each key that makes b another run than a."""
-    old, new = _run_keys(a), _run_keys(b)
+    old, new = run_keys(a), run_keys(b)
     pairs = [(key, old.get(key), new.get(key)) for key in sorted(old | new)]
     return [f"{key}: {x} -> {y}" for key, x, y in pairs if x != y]
 
 
-def _run_keys(recipe: Recipe) -> dict[str, Any]:
+def run_keys(recipe: Recipe) -> dict[str, Any]:
     """The keys that make a run: of the sources, those that are used, without their papers."""
     tree = {key: value for key, value in asdict(recipe).items() if key not in FREE}
     for name, source in tree.pop("sources").items():

@@ -5,9 +5,10 @@
     render(page) -> uint8[192, 192, 3]
 
 Native sizes (width x height): documents 192x192 (legible at 3x3 tiles of 48 pixels, hurt at 2x2,
-unreadable in one view), charts and scenes 96x96, info pages 96x192. Text stands at any real-valued
-position, in nine faces and five sizes, lower, Capitalised or UPPER case, with or without a sign
-behind a key, which nothing but the pixels shows. `zh` pages are documents whose keys are Chinese.
+unreadable in one view), sheets 288x288 (legible from 4x4 on), charts and scenes 96x96, info pages
+96x192. Text stands at any real-valued position, in nine faces and five sizes, lower, Capitalised or
+UPPER case, with or without a sign behind a key, which nothing but the pixels shows. `zh` pages are
+documents whose keys are Chinese.
 A layout knows the place of every glyph, so that stage 0 can label pixels and write text twins
 without drawing. The split `hard` has test facts of its own under strokes and noise.
 
@@ -204,25 +205,26 @@ def layout(rng: random.Random, kind: str, split: str, keys: Sequence[str] = KEYS
     page.paper = tuple(rng.randint(225, 255) for _ in range(3))
     page.ink = tuple(rng.randint(0, 70) for _ in range(3))
     page.sign = rng.choice(("", "", "", ":", ":", ".", " -", " ="))
-    if kind in ("doc", "dense", "zh") and rng.random() < 0.1:
+    if kind in ("doc", "sheet", "dense", "zh") and rng.random() < 0.1:
         page.paper, page.ink = page.ink, page.paper
     fill(rng, page, split, keys)
     return page
 
 
 def _document(rng: random.Random, page: Page, split: str, names: Sequence[str]) -> None:
-    keys = rng.sample(HAN if page.kind == "zh" else names, rng.randint(4, 6))
+    k = page.size[0] / 192  # a sheet has more lines and wider gaps, of the same type
+    keys = rng.sample(HAN if page.kind == "zh" else names, rng.randint(round(4 * k), round(6 * k)))
     title = rng.random() < 0.2
-    font, pitch = draw_font(rng, (12, 13, 13)), 192 / (len(keys) + title)
-    column = rng.choice((0, rng.uniform(50, 150)))  # values in a column, or behind their keys
+    font, pitch = draw_font(rng, (12, 13, 13)), page.size[1] / (len(keys) + title)
+    column = rng.choice((0, rng.uniform(50 * k, 150 * k)))  # a column of values, or behind keys
     if title:
-        x, y = rng.uniform(3, 100), rng.uniform(12, pitch - 4)
+        x, y = rng.uniform(3, 100 * k), rng.uniform(12, pitch - 4)
         page.items.append(word(cased(rng, rng.choice(TITLES)), x, y, font, 0))
     for row, key in enumerate(keys, start=title):
-        x, y = rng.uniform(3, 60), pitch * row + rng.uniform(12, pitch - 4)
+        x, y = rng.uniform(3, 60 * k), pitch * row + rng.uniform(12, pitch - 4)
         x_value = column + rng.uniform(0, 12) if column else x + rng.uniform(30, 80)
         fact = key, draw_value(rng, key, split, (2, 3, 3))
-        page.write(rng, fact, x, min(x_value, 158), y, font, row)
+        page.write(rng, fact, x, min(x_value, page.size[0] - 34), y, font, row)
 
 
 def _dense(rng: random.Random, page: Page, split: str, names: Sequence[str]) -> None:
@@ -291,6 +293,7 @@ def frames(rng: random.Random, split: str, count: int = 4) -> tuple[list[Page], 
 
 KINDS = {
     "doc": ((192, 192), _document),
+    "sheet": ((288, 288), _document),
     "zh": ((192, 192), _document),
     "dense": ((192, 192), _dense),
     "chart": ((96, 96), _chart),

@@ -1,9 +1,10 @@
 """The nano world's sources: pages with captions, transcriptions, questions; nano-1.
 
 In a recipe, `path: ./nano/world.py:NAME` calls NAME(split, count, seed) -> records. To train on:
-short_captions, transcriptions (crops that read in one 48-pixel view), detailed, documents,
-chinese, instructions, moving (four frames a record), text_only. To score, one question per record:
-doc, dense, chart, info, zh, presence, choice, transcribe, caption, motion.
+short_captions, transcriptions (crops that read in one 48-pixel view), web_random and web_top (both
+kinds of text, half of them another picture's or none), detailed, documents, chinese, instructions,
+sheets, moving (four frames a record), text_only. To score, one question per record: doc, sheet,
+dense, chart, info, zh, presence, choice, transcribe, caption, motion.
 
 A training answer restates its key ("tax 305"); an evaluation record also has `answer`, the value
 alone ("305"): score the LAST WORD of a prediction against it. For `transcribe` the answer is the
@@ -29,8 +30,8 @@ FOODS = ["plum", "corn", "fish", "rice", "nuts", "leaf", "bread", "egg", "apple"
 # 48 facts that no picture shows: an LLM must know them. Not a rule of colour and shape.
 EATS = {thing: random.Random(f"eats {thing}").choice(FOODS) for thing in OBJECTS}
 # fmt: off
-NAMES = {"doc": "a page", "dense": "a full page", "chart": "a chart", "info": "a list",
-         "scene": "a scene", "zh": "一页"}
+NAMES = {"doc": "a page", "sheet": "a page", "dense": "a full page", "chart": "a chart",
+         "info": "a list", "scene": "a scene", "zh": "一页"}
 # How often each kind is drawn for training.
 MIX = ("doc", "doc", "dense", "chart", "info", "info", "scene", "scene", "scene")
 PAGES = ("doc", "doc", "dense", "chart", "info", "info")
@@ -66,7 +67,7 @@ ASK = {
     "zh": ("{}是多少？", "{}多少？", "请问{}是多少？"),
     "zh detail": ("请读出文字。", "图上写了什么？"),
 }
-ASK["dense"] = ASK["doc"]
+ASK["dense"] = ASK["sheet"] = ASK["doc"]
 HELLO = ("Please: ", "Hello! ", "In this image, ", "Look at the picture. ", "Can you tell me: ")
 # fmt: on
 Question = tuple[str, str, str, str]  # form, question, answer that restates the key, value alone
@@ -244,6 +245,9 @@ instructions = _source(
 )
 
 
+sheets = _source("sheets", "Four to eight questions about one large page.", ("sheet",), turns_about)
+
+
 def transcriptions(split: str, count: int, seed: int) -> Iterator[dict]:
     """Small crops with what can be read in them, for stage 1's single squashed view."""
     for name, rng in _drawn("transcriptions", split, count, seed):
@@ -251,6 +255,33 @@ def transcriptions(split: str, count: int, seed: int) -> Iterator[dict]:
         window = pages.crop(rng, page)
         turn = (ask(rng, "transcribe"), "\n".join(pages.visible(page, window)))
         yield _record(name, png(page, window), [turn])
+
+
+def _web(name: str, wrong: float) -> Callable:
+    """Pictures with texts as the web has them: half of the pictures are whole pages with a short
+    caption, half are crops with what they say; a share of the texts is another picture's.
+    """
+
+    def source(split: str, count: int, seed: int) -> Iterator[dict]:
+        for id_, rng in _drawn(name, split, count, seed):
+            page = told = pages.layout(rng, rng.choice(MIX), split)
+            if rng.random() < wrong:
+                told = pages.layout(rng, rng.choice(MIX), split)
+            if rng.random() < 0.5:
+                turn = (ask(rng, "brief"), short_caption(rng, told))
+                yield _record(id_, png(page), [turn])
+            else:
+                text = "\n".join(pages.visible(told, pages.crop(rng, told)))
+                window = pages.crop(rng, page)
+                if told is page:
+                    text = "\n".join(pages.visible(page, window))
+                yield _record(id_, png(page, window), [(ask(rng, "transcribe"), text)])
+
+    source.__doc__ = f"Web pictures and texts, {wrong:.0%} of the texts another picture's."
+    return source
+
+
+web_random, web_top = _web("web_random", 0.5), _web("web_top", 0.0)
 
 
 def moving(split: str, count: int, seed: int) -> Iterator[dict]:
@@ -279,7 +310,9 @@ def _task(form: str, kind: str) -> Callable[[str, int, int], Iterator[dict]]:
     return task
 
 
-doc, dense, chart, info, zh = (_task(k, k) for k in ("doc", "dense", "chart", "info", "zh"))
+doc, sheet, dense, chart, info, zh = (
+    _task(k, k) for k in ("doc", "sheet", "dense", "chart", "info", "zh")
+)
 presence, choice, caption = (_task(form, "scene") for form in ("presence", "choice", "caption"))
 transcribe = _task("transcribe", "doc")
 

@@ -1,0 +1,174 @@
+"""Verdicts: what the measured rows of an ablation say about the blog's sentences.
+
+    claims:
+      more grids help InfoVQA:
+        says: "increasing #grids can enhance performance on tasks that ..."
+        section: "2"
+        metric: nano-info       # a task, several (their mean), loss; train, infer: log of seconds
+        contrast: {"6x6, (4+1)T": 1, "2x2, (4+1)T": -1}  # rows and weights; above 0 if it holds
+        margin: 0.02            # the smallest difference that matters
+        equal: false                  # true: it holds if the difference stays within the margin
+
+A claim's contrast is taken within each seed. Evidence is the paired t over seeds: a percentile
+bootstrap over as few is too narrow. A bootstrap over the questions stands beside it: what other
+questions might have said about these same models. Over all claims, p is Holm's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log, nan
+from pathlib import Path
+
+import numpy as np
+import yaml
+from scipy.stats import ttest_1samp
+
+from nanollava.evaluate import DIGITS
+from nanollava.metrics import METRICS
+
+SAME, OPPOSITE, OPEN = "same direction", "opposite", "not resolved"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence of the blog, and the rows that could show it."""
+
+    name: str
+    says: str
+    section: str
+    metric: tuple[str, ...]
+    contrast: dict[str, float]
+    margin: float
+    equal: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was measured about a claim."""
+
+    claim: Claim
+    seeds: tuple[int, ...]
+    mean: float
+    low: float  # 95% of a paired t over seeds
+    high: float
+    p: float  # two-sided; Holm's after `judge`
+    questions: tuple[float, float]  # 95% of a bootstrap over questions
+    word: str
+
+
+def read_claims(file: Path) -> list[Claim]:
+    """The claims of an ablation's file; ValueError for rows that it does not have."""
+    tree, found = yaml.safe_load(file.read_text()), []
+    for name, keys in tree.get("claims", {}).items():
+        metric = keys.pop("metric")
+        claim = Claim(name, metric=(metric,) if isinstance(metric, str) else tuple(metric), **keys)
+        if unknown := {*claim.contrast} - {*tree["rows"]}:
+            raise ValueError(f"{file}: claim {name!r}: no rows {sorted(unknown)}")
+        if abs(sum(claim.contrast.values())) > 1e-9:
+            raise ValueError(f"{file}: claim {name!r}: the weights of its contrast sum to 0")
+        found.append(claim)
+    return found
+
+
+def latest(lines: Sequence[dict]) -> dict[tuple[str, int], dict]:
+    """(row, seed) -> its last measurement."""
+    return {(line["row"], line["seed"]): line for line in lines}
+
+
+def value(line: dict, metric: str) -> float:
+    """A measurement's score in a task, its last tenth of losses, or its log of CPU seconds."""
+    if metric == "loss":
+        return float(np.mean(line["losses"][-max(1, len(line["losses"]) // 10) :]))
+    if metric == "train":  # of the last stage: the others may be shared
+        seconds = [*line["cpu_seconds"].values()][-1]
+        return log(seconds) if seconds else nan
+    if metric == "infer":
+        return log(sum(task["cpu_seconds"] for task in line["tasks"].values()))
+    return line["tasks"][metric]["score"]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float, float]:
+    """Mean, 95% t interval and two-sided p against 0 of one value a seed."""
+    x = np.asarray(values, float)
+    if len(x) < 2:
+        return (float(x.mean()) if len(x) else nan, -np.inf, np.inf, 1.0)
+    if np.ptp(x) == 0:
+        return (x[0], x[0], x[0], float(x[0] == 0))
+    test = ttest_1samp(x, 0)
+    low, high = test.confidence_interval()
+    return float(x.mean()), float(low), float(high), float(test.pvalue)
+
+
+def scores(task: dict) -> np.ndarray:
+    """The scores of a task's questions, [n] or, for F1, [n, 2]: said and true."""
+    rows = np.array([DIGITS.index(char) for char in task["each"]]) / 63
+    return rows.reshape(task["n"], -1).squeeze(1) if len(rows) == task["n"] else rows.reshape(-1, 2)
+
+
+def questions(lines: dict, claim: Claim, seeds: Sequence[int]) -> tuple[float, float]:
+    """95% percentile bootstrap over questions of the contrast's mean over these seeds."""
+    if not {*claim.metric}.isdisjoint({"loss", "train", "infer"}) or not seeds:
+        return nan, nan
+    rng, totals = np.random.default_rng(0), np.zeros(500)
+    for seed in seeds:
+        for name in claim.metric:
+            tasks = {row: lines[row, seed]["tasks"][name] for row in claim.contrast}
+            rows = {row: scores(task) for row, task in tasks.items()}
+            total = METRICS[next(iter(tasks.values()))["metric"]][1]
+            n = len(next(iter(rows.values())))
+            for k in range(len(totals)):
+                some = rng.integers(n, size=n)  # the same questions for all rows
+                found = sum(w * total(rows[row][some]) for row, w in claim.contrast.items())
+                totals[k] += found / len(seeds) / len(claim.metric)
+    low, high = np.percentile(totals, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def measure(claim: Claim, lines: Sequence[dict]) -> Verdict:
+    """A claim against the results of its file; its word comes from `judge`."""
+    known = latest(lines)
+    seeds = [s for s in sorted({seed for _, seed in known})
+             if all((row, s) in known for row in claim.contrast)]  # fmt: skip
+    each = [
+        sum(w * value(known[row, s], m) for row, w in claim.contrast.items() for m in claim.metric)
+        / len(claim.metric)
+        for s in seeds
+    ]
+    pairs = [(s, x) for s, x in zip(seeds, each, strict=True) if np.isfinite(x)]
+    seeds, each = [s for s, _ in pairs], [x for _, x in pairs]
+    return Verdict(claim, tuple(seeds), *interval(each), questions(known, claim, seeds), OPEN)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values: the i-th smallest of m times m - i, never below one before it."""
+    adjusted, worst = [0.0] * len(ps), 0.0
+    for i, k in enumerate(np.argsort(ps)):
+        worst = max(worst, min(1.0, (len(ps) - i) * ps[k]))
+        adjusted[k] = worst
+    return adjusted
+
+
+def word(v: Verdict, p: float) -> str:
+    """Same direction, opposite or not resolved; `p` is adjusted for the number of claims.
+
+    A claim of equality holds where the interval is within the margin, and is contradicted where it
+    is outside. Any other holds where the difference is not 0 by chance and as large as matters.
+    """
+    margin = v.claim.margin
+    if v.claim.equal:
+        inside, outside = -margin < v.low and v.high < margin, v.low > margin or v.high < -margin
+        return SAME if inside else OPPOSITE if outside else OPEN
+    if p >= 0.05 or abs(v.mean) < margin:
+        return OPEN
+    return SAME if v.mean > 0 else OPPOSITE
+
+
+def judge(measured: Sequence[Verdict]) -> list[Verdict]:
+    """All claims at once: Holm's p over those of a difference, and each one's word."""
+    tested = [i for i, v in enumerate(measured) if not v.claim.equal]
+    ps = dict(zip(tested, holm([measured[i].p for i in tested]), strict=True))
+    return [
+        Verdict(v.claim, v.seeds, v.mean, v.low, v.high, ps.get(i, v.p), v.questions,
+                word(v, ps.get(i, v.p)))
+        for i, v in enumerate(measured)
+    ]  # fmt: skip
