@@ -25,10 +25,10 @@ world = import_file(str(NANO / "world.py"))
 pages = import_file(str(NANO / "pages.py"))
 KINDS = tuple(pages.KINDS)
 WEIGHTS = json.loads((NANO / "weights/scores.json").read_text())  # a row for each part that ships
-PRINTED = ("doc", "dense", "chart", "info", "zh")
+PRINTED = ("doc", "sheet", "dense", "chart", "info", "zh")
 TASKS = [*PRINTED, "presence", "choice", "motion", "transcribe", "caption"]
 MIXES = ["short_captions", "transcriptions", "detailed", "documents", "chinese", "instructions",
-         "moving", "text_only"]  # fmt: skip
+         "moving", "sheets", "web_random", "web_top", "text_only"]  # fmt: skip
 
 
 def drawn(kind, split, count=150):
@@ -61,11 +61,16 @@ def test_same_arguments_same_records(name):
 
 
 def test_pixels_are_those_of_version_nano_1():
-    pixels = [pages.render(page) for kind in KINDS for page in drawn(kind, "test", 5)]
-    assert hashlib.sha256(b"".join(p.tobytes() for p in pixels)).hexdigest()[:16] == PIXELS
+    for kinds, digest in PIXELS.items():
+        shown = [page for kind in kinds for page in drawn(kind, "test", 5)]
+        pixels = b"".join(pages.render(page).tobytes() for page in shown)
+        assert hashlib.sha256(pixels).hexdigest()[:16] == digest
 
 
-PIXELS = "a48ad3bc59f78335"
+PIXELS = {
+    ("doc", "zh", "dense", "chart", "info", "scene"): "a48ad3bc59f78335",  # of stage 0, too
+    ("sheet",): "485a209f079b141c",
+}
 
 
 def test_splits_share_no_fact():
@@ -126,7 +131,8 @@ def test_a_whole_window_shows_every_line_and_crops_show_parts():
 
 def test_records_are_llava_records():
     whole = {size for size, _ in pages.KINDS.values()}
-    sizes = {"transcriptions": {(48, 48), (56, 56), (64, 64)}}
+    crops = {(48, 48), (56, 56), (64, 64)}
+    sizes = {"transcriptions": crops} | dict.fromkeys(("web_random", "web_top"), crops | whole)
     for name in TASKS + MIXES[:-1]:
         for record in getattr(world, name)("test", 20, 0):
             talk = [turn["value"] for turn in record["conversations"]]
@@ -138,7 +144,7 @@ def test_records_are_llava_records():
             assert {image.size for image in shown} <= sizes.get(name, whole)
             if name in TASKS:
                 assert len(talk) == 2 and talk[1].endswith(record["answer"])
-            if name in TASKS[:8]:
+            if name in TASKS[:9]:
                 assert talk[1].split()[-1] == record["answer"]
     assert 4 <= len(next(world.instructions("train", 1, 0))["conversations"]) / 2 <= 9
 

@@ -268,7 +268,7 @@ GRIDS = {
     "info": ((2, 3), (2, 4), (2, 3), (1, 2)),
     "scene": ((2, 2), (2, 2), (2, 2), (2, 2), (0, 0)),
 }
-TASKS = {kind: kind for kind in pages.KINDS} | {"transcribe": "doc"}
+TASKS = {kind: kind for kind in GRIDS} | {"transcribe": "doc"}
 TASKS |= dict.fromkeys(("eats", "choice", "presence", "caption"), "scene")
 BASE = (0, 0)  # no tiles
 
