@@ -211,6 +211,8 @@ def main(
 ) -> None:
     """Measure, and print the table."""
     device, count = ("cuda" if torch.cuda.is_available() else "cpu"), 64 if size == "real" else 8
+    if device == "cpu" and size == "real":
+        raise typer.BadParameter("no GPU here: real widths would need days; try --size tiny")
     name = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
     visual = Visual(max_grid=grid, max_visual_tokens="5T" if grid == "5grids" else "10T",
                     budget="mosaic")  # fmt: skip
