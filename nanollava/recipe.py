@@ -153,15 +153,16 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
         raise ValueError(f"{path} is no mapping of keys to values")
     keys = {k: v for k, v in OmegaConf.to_container(tree).items() if not str(k).startswith(PROGRAM)}
     base = keys.pop("base", None)
-    keys = OmegaConf.create(_absolute(keys, path.parent))
+    keys = OmegaConf.create(absolute_paths(keys, path.parent))
     if not base:
         return keys
     return OmegaConf.merge(read_yaml((path.parent / base).resolve(), (*above, path)), keys)
 
 
-def _absolute(value: Any, folder: Path) -> Any:
+def absolute_paths(value: Any, folder: Path) -> Any:
+    """A tree of keys, its local paths taken from `folder`."""
     if isinstance(value, dict):
-        return {k: _absolute(v, folder) for k, v in value.items()}
+        return {k: absolute_paths(v, folder) for k, v in value.items()}
     if not isinstance(value, str):
         return value
     local = r"(^(?:\w+:)?|\+)(\.\.?/[^+]*)"  # alone, after KIND: or after the + of further files
@@ -180,10 +181,10 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None, **changes:
                 f"{word!r} is no override: write key=value, e.g. stages.stage2.lr=1e-5"
             )
     try:
+        typed = OmegaConf.to_container(OmegaConf.from_dotlist(overrides or []))
         typed = OmegaConf.merge(
             OmegaConf.structured(Recipe), read_yaml(Path(path).resolve()),
-            _absolute(OmegaConf.to_container(OmegaConf.from_dotlist(overrides or [])), Path.cwd()),
-            changes,
+            absolute_paths(typed, Path.cwd()), changes,
         )  # fmt: skip
         recipe = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:

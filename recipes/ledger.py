@@ -5,12 +5,12 @@ differs from the blog or from its released code, read off the recipe's resolved 
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
 from nanollava.recipe import Recipe, read_recipe, used_sources
+from nanollava.sources import tool
 
 HERE = Path(__file__).parent
 TABLES = json.loads((HERE.parent / "notebooks/blog.json").read_text())["tables"]
@@ -71,14 +71,6 @@ def command(file: str, keys: list[str]) -> str:
     return " ".join([f"composer recipes/{file}", *quoted])
 
 
-def ablation(file: Path) -> Iterator[tuple[str, dict, Path, list[str]]]:
-    """The rows of an ablation at full scale: name, the row, its base, the changed keys."""
-    tree = yaml.safe_load(file.read_text())
-    for name, row in tree["rows"].items():
-        keys = [*tree.get("full", []), *row.get("full", []), *row.get("keys", [])]
-        yield name, {"table": tree.get("blog"), **row}, (file.parent / tree["base"]["full"]), keys
-
-
 def rows() -> dict[tuple[str, int], tuple[str, str, str]]:
     """(table, row) of the blog -> its name, the command, what is not the blog's."""
     found, folders = {}, {}
@@ -86,19 +78,20 @@ def rows() -> dict[tuple[str, int], tuple[str, str, str]]:
         for i, file in enumerate(files):
             found[table, i] = (Path(file).stem, command(file, []), told(read_recipe(HERE / file)))
     for file in sorted((HERE / "ablations").glob("*.yaml")):
-        for name, row, base, keys in ablation(file):
-            recipe = read_recipe(base, keys)
-            if "blog" not in row:
+        for name, row in tool("ablate").read_rows(file, "full").items():
+            keys, place = list(row.keys), f"{row.table}_{row.blog}"
+            recipe = read_recipe(row.base, keys)
+            if row.blog is None:
                 continue
-            place = f"{row['table']}_{row['blog']}"  # rows of equal training share a folder
-            keys.append(f"run=runs/{folders.setdefault((base, *keys), place)}")
-            if "infer" in row:
+            # rows of equal training share a folder
+            keys.append(f"run=runs/{folders.setdefault((row.base, *keys), place)}")
+            if row.infer:
                 asked = "max_grid: {max_grid}, max_visual_tokens: {max_visual_tokens}"
-                keys.append(f"settings.{place}={{{asked.format(**row['infer'])}}}")
-            typed, letters = command(str(base.resolve().relative_to(HERE)), keys), told(recipe)
-            if "missing" in row:
-                typed, letters = f"data {row['missing']}", ""
-            found[row["table"], row["blog"]] = (name, typed, letters)
+                keys.append(f"settings.{place}={{{asked.format(**row.infer)}}}")
+            typed, letters = command(str(row.base.relative_to(HERE)), keys), told(recipe)
+            if row.missing:
+                typed, letters = f"data {row.missing}", ""
+            found[row.table, row.blog] = (name, typed, letters)
     return found
 
 

@@ -3,11 +3,10 @@
 import re
 
 import pytest
-import yaml
 from launching import ROOT
 
 from nanollava.recipe import read_recipe
-from nanollava.sources import import_file
+from nanollava.sources import import_file, tool
 
 RECIPES = ROOT / "recipes"
 FILES = [*sorted(RECIPES.glob("blog/*.yaml")), *(
@@ -47,12 +46,10 @@ def test_every_row_of_the_blog_stands_in_the_ledger_as_it_is_generated():
 def test_rows_set_what_the_blogs_tables_say():
     """Grid, budget and place of pooling, read from the tables' own columns."""
     for file in sorted((RECIPES / "ablations").glob("*.yaml")):
-        nano = file.parent / yaml.safe_load(file.read_text())["base"]["nano"]
-        for name, row, base, keys in ledger.ablation(file):
-            content = ledger.TABLES.get(row["table"], {"factors": []})
-            recipe = read_recipe(base, keys)
-            read_recipe(nano, row.get("keys", []))
-            printed = dict(zip(content["factors"], content["rows"][row["blog"]], strict=False)
+        for name, row in tool("ablate").read_rows(file, "full").items():
+            content = ledger.TABLES.get(row.table, {"factors": []})
+            recipe = read_recipe(row.base, row.keys)
+            printed = dict(zip(content["factors"], content["rows"][row.blog], strict=False)
                            ) if content["factors"] else {}  # fmt: skip
             visual = recipe.visual
             if "max_grids" in printed:

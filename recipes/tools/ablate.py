@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from nanollava.anyres import Visual, parse_budget
 from nanollava.encoder import ENCODERS
-from nanollava.recipe import Recipe, read_recipe, run_keys
+from nanollava.recipe import Recipe, absolute_paths, read_recipe, run_keys
 from nanollava.sources import call
 
 TUNING = 100  # seeds from here on choose settings; their results are no evidence
@@ -60,6 +60,8 @@ class Row:
 def read_rows(file: Path, scale: str = "nano") -> dict[str, Row]:
     """The rows of an ablation's file on its `nano` or its `full` base."""
     tree = yaml.safe_load(file.read_text())
+    if scale not in tree["base"]:
+        return {}
     base = (file.parent / tree["base"][scale]).resolve()
     roles, common = tree.get("roles", {}).get(scale, {}), tree.get(scale, [])
     start, found = None, {}
@@ -68,18 +70,24 @@ def read_rows(file: Path, scale: str = "nano") -> dict[str, Row]:
             continue  # a row of the other base alone
         keys = [*common, *row.get(scale, []), *row.get("keys", [])]
         try:
-            keys = [Template(key).substitute(roles) for key in keys]
+            keys = [local(Template(key).substitute(roles), base.parent) for key in keys]
         except KeyError as error:
             raise ValueError(f"{file}: row {name}: roles.{scale} has no {error}") from error
         if any("*=" in key for key in keys):
             start = start or read_recipe(base, common)
-            keys = [absolute(key, start) for key in keys]
+            keys = [at_ratio(key, start) for key in keys]
         about = {k: row[k] for k in ("infer", "blog", "table", "missing") if k in row}
         found[name] = Row(keys, base, **{"table": tree.get("blog", ""), **about})
     return found
 
 
-def absolute(key: str, base: Recipe) -> str:
+def local(key: str, folder: Path) -> str:
+    """A key whose value, if it is a local path, is one of the base's folder."""
+    name, sign, value = key.partition("=")
+    return name + sign + absolute_paths(value, folder)
+
+
+def at_ratio(key: str, base: Recipe) -> str:
     """`stages.stage2.lr*=0.5` -> `stages.stage2.lr=1e-05` for a base with 2e-5."""
     name, sign, ratio = key.partition("*=")
     if not sign:
