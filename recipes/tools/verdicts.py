@@ -11,7 +11,7 @@
 
 A claim's contrast is taken within each seed. Evidence is the paired t over seeds: a percentile
 bootstrap over as few is too narrow. A bootstrap over the questions stands beside it: what other
-questions might have said about these same models. Over all claims, p is Holm's.
+questions might have said about these same models. Over the claims of a table, p is Holm's.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,126 @@
+"""The page of the nano ablations: every row's scores beside the blog's, and every claim's verdict.
+
+python recipes/results.py        # writes recipes/RESULTS.md from recipes/ablations/results/
+"""
+
+import json
+from pathlib import Path
+
+from nanollava.sources import tool
+
+HERE = Path(__file__).parent
+TABLES = json.loads((HERE.parent / "notebooks/blog.json").read_text())["tables"]
+STANDS_FOR = {"nano-doc": "docvqa", "nano-info": "infovqa", "nano-chart": "chartqa",
+              "nano-presence": "pope", "nano-choice": "scienceqa_img"}  # fmt: skip
+verdicts, ablate = tool("verdicts"), tool("ablate")
+
+
+def files() -> list[Path]:
+    """The ablations of which something is measured."""
+    return [f for f in sorted((HERE / "ablations").glob("*.yaml")) if ablate.read_lines(results(f))]
+
+
+def results(file: Path) -> Path:
+    """Where an ablation's results lie."""
+    return file.parent / "results" / f"{file.stem}.jsonl"
+
+
+def judged(file: Path) -> list:
+    """The verdicts of an ablation's claims, with Holm's p over them."""
+    lines = ablate.read_lines(results(file))
+    return verdicts.judge([verdicts.measure(c, lines) for c in verdicts.read_claims(file)])
+
+
+def printed(row, task: str) -> str:
+    """What the blog prints for a row in the benchmark that a nano task stands for."""
+    if row.blog is None or row.table not in TABLES:
+        return ""
+    table = TABLES[row.table]
+    names, values = [*table["factors"], *table["metrics"]], table["rows"][row.blog]
+    key = STANDS_FOR.get(task, "")
+    key = key if key in names else key.removesuffix("_img")
+    return f" ({values[names.index(key)]})" if key in names else ""
+
+
+def spread(values: list[float]) -> str:
+    """Mean and half of the 95% t interval over seeds, in %."""
+    mean, low, high, _ = verdicts.interval(values)
+    return f"{100 * mean:.1f}" + (f" ±{50 * (high - low):.1f}" if len(values) > 1 else "")
+
+
+def table(file: Path) -> list[str]:
+    """An ablation's rows: scores, visual tokens a question, CPU seconds of the last stage."""
+    lines = verdicts.latest(ablate.read_lines(results(file)))
+    tasks = [*next(iter(lines.values()))["tasks"]]
+    out = ["| row | seeds | " + " | ".join(tasks) + " | tokens | CPU-s |",
+           "|---" * (len(tasks) + 4) + "|"]  # fmt: skip
+    for name, row in ablate.read_rows(file).items():
+        mine = [line for (other, _), line in sorted(lines.items()) if other == name]
+        if not mine:
+            continue
+        cells = [spread([m["tasks"][t]["score"] for m in mine]) + printed(row, t) for t in tasks]
+        tokens = sum(mine[0]["tasks"][t]["tokens"] for t in tasks) / len(tasks)
+        seconds = [s for m in mine if (s := [*m["cpu_seconds"].values()][-1])]
+        mean = f"{sum(seconds) / len(seconds):.0f}" if seconds else "-"
+        out.append(f"| {name} | {len(mine)} | {' | '.join(cells)} | {tokens:.0f} | {mean} |")
+    return out
+
+
+def told(v) -> str:
+    """A claim's line."""
+    unit = 1 if {*v.claim.metric} & {"loss", "train", "infer"} else 100
+    low, high = (f"{unit * x:.3g}" for x in (v.low, v.high))
+    asked = "-" if v.questions[0] != v.questions[0] else "{:.3g} to {:.3g}".format(
+        *(unit * x for x in v.questions))  # fmt: skip
+    says = v.claim.says.replace("|", "/")
+    rule = f"within ±{unit * v.claim.margin:g}" if v.claim.equal else f"p {v.p:.2g}"
+    return (f"| {v.claim.name} | {says} ({v.claim.section}) | {unit * v.mean:.3g} [{low}, {high}]"
+            f" | {asked} | {len(v.seeds)} | {rule} | **{v.word}** |")  # fmt: skip
+
+
+OPENING = """# What the nano ablations show
+
+Made by `python recipes/results.py` from the lines in `recipes/ablations/results/`. **Nano is not
+the blog**: models of a million parameters on drawn pages; they can show a mechanism and its
+direction.
+
+Scores in %, with half of the 95% t interval over seeds; in brackets what the blog prints for the
+benchmark that the task stands for. Tokens: visual tokens a question. CPU-s: of the last stage, on
+one thread. A claim is a sentence of the blog, the rows that could show it and the smallest
+difference that matters, written into the ablation's file before its runs. Differences of scores are
+in points, those of `train` and `infer` are of logarithms of CPU seconds, those of `loss` in nats. A
+claim shows in the **same direction** (or the **opposite** one) where Holm's p over the claims of
+its table is below 0.05 and the difference is as large as matters; a claim of equality where the
+whole interval is within that difference; else it is **not resolved**. "Over questions" is what
+other questions could have said about the same models.
+"""
+HEAD = ("claim", "the blog", "difference [95% over seeds]", "over questions", "seeds", "test",
+        "verdict")  # fmt: skip
+
+
+def section(file: Path) -> list[str]:
+    """An ablation: what it is, its command, its rows, its claims."""
+    about = []
+    for line in file.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        about.append(line.removeprefix("# "))
+    command = f"`python -m nanollava ablate recipes/ablations/{file.name}`"
+    claims = [told(v) for v in judged(file)]
+    claims = ["", f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|", *claims] if claims else []
+    return ["", f"## {file.stem}", "", *about, "", command, "", *table(file), *claims]
+
+
+def page() -> str:
+    """All of it."""
+    trained: dict[tuple, float] = {}
+    for line in (line for file in files() for line in ablate.read_lines(results(file))):
+        trained[line["run"]] = [*line["cpu_seconds"].values()][-1] or 0
+    hours = sum(trained.values()) / 3600
+    told = f"{len(trained)} last stages were trained in {hours:.1f} CPU hours."
+    sections = [line for file in files() for line in section(file)]
+    return "\n".join([OPENING, told, *sections]) + "\n"
+
+
+if __name__ == "__main__":
+    (HERE / "RESULTS.md").write_text(page())

@@ -1,0 +1,312 @@
+"""Ablations: rows become the right runs, share what they may, and say no more than they show."""
+
+import json
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from launching import ROOT, command, write_recipe
+from safetensors.torch import load_file
+
+from nanollava.anyres import layout
+from nanollava.evaluate import digits
+from nanollava.metrics import f1
+from nanollava.recipe import read_recipe
+from nanollava.sources import import_file, tool
+
+ablate, verdicts = tool("ablate"), tool("verdicts")
+results = import_file(str(ROOT / "recipes/results.py"))
+FILES = sorted((ROOT / "recipes/ablations").glob("*.yaml"))
+
+
+def rows_of(tmp_path, text: str, scale="nano") -> dict:
+    base = ROOT / "recipes"
+    file = tmp_path / "rows.yaml"
+    file.write_text(f"base: {{nano: {base}/nano_sweep.yaml, full: {base}/qwen05b.yaml}}\n{text}")
+    return ablate.read_rows(file, scale)
+
+
+# ---- rows
+
+
+def test_roles_and_ratios_become_each_bases_own(tmp_path):
+    text = """
+roles: {nano: {recap: recap_118k}, full: {recap: recap_coco118k}}
+full: [stages.stage1_5=null]
+rows:
+  a:
+    keys: ["stages.stage1.sources={$recap: 1}", stages.stage2.lr*=0.5, stages.stage2.batch_size*=2]
+  b: {nano: null}
+  c: {full: null, nano: [llm=./nano/weights/llm_s]}
+"""
+    nano, full = rows_of(tmp_path, text), rows_of(tmp_path, text, "full")
+    assert [*nano] == ["a", "c"] and [*full] == ["a", "b"]
+    small = read_recipe(nano["a"].base, nano["a"].keys)
+    large = read_recipe(full["a"].base, full["a"].keys)
+    assert small.stages["stage1"].sources["recap_118k"] == 1
+    assert large.stages["stage1"].sources["recap_coco118k"] == 1
+    assert (small.stages["stage2"].lr, large.stages["stage2"].lr) == (5e-4, 1e-5)
+    assert (small.stages["stage2"].batch_size, large.stages["stage2"].batch_size) == (32, 128)
+    assert large.stages["stage1_5"] is None
+    llm = read_recipe(nano["c"].base, nano["c"].keys).llm
+    assert llm == str(ROOT / "recipes/nano/weights/llm_s"), "relative to the base, not to here"
+
+
+def test_a_role_that_a_base_lacks_is_named(tmp_path):
+    with pytest.raises(ValueError, match="row a: roles.nano has no 'recap'"):
+        rows_of(tmp_path, "rows: {a: {keys: ['stages.stage1.sources={$recap: 1}']}}")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_every_row_is_a_recipe_of_the_nano_base_and_every_claim_has_its_rows(file):
+    rows = ablate.read_rows(file)
+    for row in rows.values():
+        recipe = read_recipe(row.base, row.keys)
+        tasks = {name for name, task in recipe.tasks.items() if task}
+        assert all(recipe.tasks[name].samples >= 500 for name in tasks)
+    for claim in verdicts.read_claims(file):
+        assert {*claim.contrast} <= {*rows} and claim.margin > 0 and claim.says
+        assert {*claim.metric} <= tasks | {"loss", "train", "infer"}
+
+
+def test_what_is_refused(tmp_path):
+    file = tmp_path / "rows.yaml"
+    tree = {"base": {"nano": str(ROOT / "recipes/nano_sweep.yaml")}, "rows": {"a": {}, "b": {}}}
+    for contrast, told in (
+        ({"a": 1, "c": -1}, r"no rows \['c'\]"),
+        ({"a": 1, "b": -0.5}, "sum to 0"),
+    ):
+        claim = {"says": "x", "section": "2", "metric": "loss", "contrast": contrast, "margin": 1}
+        file.write_text(yaml.safe_dump(tree | {"claims": {"x": claim}}))
+        with pytest.raises(ValueError, match=f"claim 'x'.*{told}"):
+            verdicts.read_claims(file)
+    with pytest.raises(ValueError, match=r"has no row \['c'\]; it has \['a', 'b'\]"):
+        ablate.plan_tasks(file, "nano", range(1), ["c"], set())
+
+
+# ---- runs
+
+
+def ends(keys: list[str], seed=0) -> list[str]:
+    """The run folders that lead to a row."""
+    recipe = read_recipe(ROOT / "recipes/nano_sweep.yaml", keys, seed=seed)
+    return [Path(rung.run).name for rung in ablate.ladder(recipe, Path("cache"))]
+
+
+def test_rows_share_a_stage_only_if_it_is_the_same():
+    base, grid = ends([]), ends(["visual.max_grid=6x6", "visual.max_visual_tokens=(9+1)T"])
+    assert base[0] == grid[0] and base[1] != grid[1]
+    assert ends(["visual.lift=4", "visual.pooling=average", "visual.arrange=flat"])[0] == base[0]
+    assert ends(["tasks.nano-doc.samples=7", "data=elsewhere", "workers=3"]) == base
+    others = ("visual.pool_stride=2", "llm=./recipes/nano/weights/llm_s", "stages.stage1.lr=1",
+              "sources.short.samples=7", "label_mask=released")  # fmt: skip
+    assert len({base[0], ends([], seed=1)[0], *(ends([key])[0] for key in others)}) == 7
+    pooled = ["visual.pool_stride=2", "visual.pool_after_projector=false"]
+    assert ends(pooled)[0] != ends(pooled[:1])[0], "stage 1 pools as well"
+    assert ends(["stages.stage2.lr=1"])[0] == base[0]
+
+
+@pytest.mark.parametrize("keys", [
+    {}, {"pool_stride": 2}, {"pool_stride": 2, "pooling": "average", "pool_after_projector": False},
+    {"max_grid": "6x6", "lift": 6}, {"arrange": "flat"}, {"budget": "mosaic", "max_grid": "3x3"},
+    {"max_visual_tokens": "20"},
+])  # fmt: skip
+def test_a_shared_stage_sees_what_the_row_would_have_shown_it(keys):
+    recipe = read_recipe(ROOT / "recipes/nano_sweep.yaml")
+    own = replace(recipe.visual, **keys)
+    shared = ablate.untiled(own, 36)
+    for size in ((192, 192), (96, 300), (48, 48), (7, 5)):
+        mine, other = (layout(size, replace(v, max_grid="base"), 48, 6) for v in (own, shared))
+        assert (mine.side, mine.views) == (other.side, other.views)
+    if mine.side < 6:
+        assert (own.pooling, own.pool_after_projector) == (
+            shared.pooling,
+            shared.pool_after_projector,
+        )
+
+
+def slow(name: str):
+    """A task's stand-in: writes when it began and ended."""
+    start = time.time()
+    time.sleep(0.2)
+    if name == "fails":
+        raise ValueError("this one")
+    return start, time.time()
+
+
+def test_a_task_waits_for_the_one_that_it_begins_with(monkeypatch):
+    order = [("a", ""), ("b", "a"), ("c", ""), ("d", "b")]
+    tasks = {run: ablate.Task(None, before) for run, before in order}
+    monkeypatch.setattr(ablate, "call", lambda _, recipe, before, infers, log: slow(log[:1]))
+    monkeypatch.setattr(ablate, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
+    times = {}
+    for task, found in ablate.run_tasks(tasks, 2):
+        times[next(run for run, t in tasks.items() if t is task)] = found
+    assert times["b"][0] >= times["a"][1] and times["d"][0] >= times["b"][1]
+    assert times["c"][0] < times["a"][1], "both workers are busy"
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A real sweep of two rows and one of equal training, by command."""
+    folder = tmp_path_factory.mktemp("sweep")
+    base = write_recipe(folder)
+    base.write_text(base.read_text().replace("workers: 1", "workers: 0"))
+    (folder / "rows.yaml").write_text("""
+base: {nano: ./tiny.yaml}
+rows:
+  grid: {keys: [seed=0]}
+  base view: {infer: {max_grid: base}}
+  fewer tokens: {keys: [visual.max_visual_tokens=2T, visual.max_grid=1x1]}
+""")
+    cache = ablate.ROOT / "runs/ablate"
+    before = {*cache.glob("*")}
+    told = command("-m", "nanollava", "ablate", folder / "rows.yaml", "--seeds", 1, "--workers", 2)
+    yield folder, told
+    for made in {*cache.glob("*")} - before:
+        shutil.rmtree(made)
+
+
+def lines_of(folder) -> dict:
+    return {x["row"]: x for x in ablate.read_lines(folder / "results/rows.jsonl")}
+
+
+def test_a_sweep_measures_each_row_and_goes_on_where_it_was(swept):
+    folder, told = swept
+    lines = lines_of(folder)
+    assert [*lines] and {*lines} == {"grid", "base view", "fewer tokens"} and "3 results" in told
+    assert lines["grid"]["run"] == lines["base view"]["run"] != lines["fewer tokens"]["run"]
+    for line in lines.values():
+        task = line["tasks"]["nano-mixed"]
+        assert len(task["each"]) == task["n"] == 5 and len(line["losses"]) == 20
+        assert {*line["cpu_seconds"]} == {"stage1", "stage1_5", "stage2"}
+        assert all(s > 0 for s in line["cpu_seconds"].values())
+    tokens = {k: x["tasks"]["nano-mixed"]["tokens"] for k, x in lines.items()}
+    assert tokens["grid"] > tokens["fewer tokens"] > tokens["base view"]
+    content = (folder / "results/rows.jsonl").read_text()
+    again = command("-m", "nanollava", "ablate", folder / "rows.yaml", "--seeds", 1)
+    assert "3 results" in again and (folder / "results/rows.jsonl").read_text() == content
+
+
+def test_a_row_by_shared_stages_equals_the_recipe_trained_in_one_go(swept, tmp_path):
+    folder, _ = swept
+    run = ablate.ROOT / "runs/ablate" / lines_of(folder)["fewer tokens"]["run"]
+    command("-m", "nanollava", "train", folder / "tiny.yaml", f"run={tmp_path}/run",
+            "visual.max_visual_tokens=2T", "visual.max_grid=1x1")  # fmt: skip
+    ours, whole = (load_file(f / "model.safetensors") for f in (run, tmp_path / "run"))
+    assert all(torch.equal(x, whole[name]) for name, x in ours.items())
+
+
+# ---- verdicts
+
+
+def line(row, seed, score, rows=None, **keys):
+    rows = np.array([score] * 4) if rows is None else rows
+    task = {"metric": "nano_f1_yes" if rows.ndim > 1 else "nano_anls", "score": score,
+            "n": len(rows), "each": digits(rows)}  # fmt: skip
+    return {"row": row, "seed": seed, "tasks": {"t": task}, **keys}
+
+
+CLAIM = verdicts.Claim("c", "says", "2", ("t",), {"a": 1, "b": -1}, 0.02)
+
+
+def test_a_paired_t_over_seeds():
+    a, b = (0.50, 0.61, 0.72, 0.58, 0.66), (0.45, 0.52, 0.69, 0.50, 0.60)
+    lines = [line(row, s, x) for row, xs in (("a", a), ("b", b)) for s, x in enumerate(xs)]
+    found = verdicts.measure(CLAIM, lines)
+    d = np.subtract(a, b)
+    half = 2.776445 * d.std(ddof=1) / 5**0.5  # t of 4 degrees of freedom
+    assert found.mean == pytest.approx(d.mean()) and found.seeds == (0, 1, 2, 3, 4)
+    assert found.low == pytest.approx(d.mean() - half, rel=1e-5)
+    assert found.high == pytest.approx(d.mean() + half, rel=1e-5)
+
+
+def test_only_seeds_that_have_all_rows_count_and_the_last_line_of_each():
+    lines = [line("a", 0, 0.9), line("a", 0, 0.5), line("b", 0, 0.4), line("a", 1, 0.7)]
+    found = verdicts.measure(CLAIM, lines)
+    assert found.seeds == (0,) and found.mean == pytest.approx(0.1)
+    assert verdicts.judge([found])[0].word == "not resolved", "one seed shows nothing"
+
+
+def test_holm_by_hand():
+    assert verdicts.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert verdicts.holm([0.5, 0.6]) == [1.0, 1.0] and verdicts.holm([]) == []
+
+
+def seeds(*values):
+    return [line(row, s, x if row == "a" else 0.0) for s, x in enumerate(values) for row in "ab"]
+
+
+@pytest.mark.parametrize("values, equal, word", [
+    ((0.20, 0.22, 0.21, 0.19, 0.20), False, "same direction"),
+    ((-0.20, -0.22, -0.21, -0.19, -0.20), False, "opposite"),
+    ((0.20, -0.22, 0.31, -0.19, 0.20), False, "not resolved"),
+    ((0.010, 0.011, 0.010, 0.009, 0.010), False, "not resolved"),  # sure, but too small to matter
+    ((0.010, 0.011, 0.010, 0.009, 0.010), True, "same direction"),
+    ((0.20, 0.22, 0.21, 0.19, 0.20), True, "opposite"),
+    ((0.02, -0.05, 0.01, 0.04, 0.00), True, "not resolved"),
+])  # fmt: skip
+def test_words(values, equal, word):
+    found = verdicts.measure(replace(CLAIM, equal=equal), seeds(*values))
+    assert verdicts.judge([found])[0].word == word
+
+
+def test_more_claims_ask_for_more_evidence():
+    weak = verdicts.measure(CLAIM, seeds(0.10, 0.14, 0.05, 0.20, 0.06))
+    assert 0.005 < weak.p < 0.05 and verdicts.judge([weak])[0].word == "same direction"
+    assert {v.word for v in verdicts.judge([weak] * 20)} == {"not resolved"}
+    same = replace(weak, claim=replace(CLAIM, equal=True))
+    assert verdicts.judge([weak] + [same] * 20)[0].word == "same direction", "equality has no p"
+
+
+def test_questions_are_paired_and_scores_survive_their_code():
+    rng = np.random.default_rng(1)
+    each = rng.random(400)
+    a, b = each.clip(0.1), (each - 0.1).clip(0)  # differ by 0.1 in every question
+    lines = [line("a", 0, a.mean(), a), line("b", 0, b.mean(), b)]
+    low, high = verdicts.measure(CLAIM, lines).questions
+    assert 0.09 < low < high < 0.11, "unpaired, it would be four times as wide"
+    assert np.abs(verdicts.scores(lines[0]["tasks"]["t"]) - a).max() <= 0.5 / 63 + 1e-12
+    pairs = rng.integers(0, 2, (300, 2)).astype(float)
+    task = line("a", 0, f1(pairs), pairs)["tasks"]["t"]
+    assert np.array_equal(verdicts.scores(task), pairs)
+    other = pairs.copy()
+    other[:, 0] = other[:, 1]  # always right
+    low, high = verdicts.measure(
+        CLAIM, [line("a", 0, 1.0, other), line("b", 0, 0.5, pairs)]
+    ).questions
+    assert low < 1 - f1(pairs) < high
+
+
+def test_losses_and_seconds_can_be_claimed_about():
+    keys = {"losses": [9.0] * 18 + [1.0, 2.0], "cpu_seconds": {"stage1": 5.0, "stage2": np.e}}
+    one = line("a", 0, 0.5, **keys)
+    assert verdicts.value(one, "loss") == 1.5 and verdicts.value(one, "train") == pytest.approx(1)
+    torn = line("b", 0, 0.5, losses=[1.0], cpu_seconds={"stage2": None})
+    found = verdicts.measure(replace(CLAIM, metric=("train",)), [one, torn])
+    assert found.seeds == (), "a stage that was resumed has no seconds"
+
+
+# ---- what is committed
+
+
+def test_the_page_of_results_is_that_of_the_lines():
+    assert (ROOT / "recipes/RESULTS.md").read_text() == results.page(), "python recipes/results.py"
+
+
+def test_measured_lines_are_whole_and_of_reporting_seeds():
+    for file in results.files():
+        rows = ablate.read_rows(file)
+        for x in ablate.read_lines(results.results(file)):
+            assert x["row"] in rows and x["seed"] < ablate.TUNING and "dirty" not in x["commit"]
+            for task in x["tasks"].values():
+                total = verdicts.METRICS[task["metric"]][1]
+                assert task["n"] >= 500
+                assert total(verdicts.scores(task)) == pytest.approx(task["score"], abs=0.008)
+            assert json.dumps(x).find(str(ROOT)) < 0
