@@ -1,5 +1,6 @@
 """What the notebooks do: score nano tasks at some settings, train a short stage 2."""
 
+import json
 import os
 import re
 import shutil
@@ -14,11 +15,12 @@ from tqdm import tqdm
 from nanollava.evaluate import evaluate_task
 from nanollava.generate import Assistant
 from nanollava.recipe import read_recipe, with_visual, write_recipe
-from nanollava.sources import import_file, tool
+from nanollava.sources import tool
 
-plan = tool("plan").plan
+ablate, plan = tool("ablate"), tool("plan").plan
 
 ROOT = Path(__file__).parent.parent
+TABLES = json.loads(Path(__file__).with_name("blog.json").read_text())["tables"]
 SHIPPED = ROOT / "demo" / "nano"
 QUICK = "NANOLLAVA_QUICK" in os.environ  # as the tests run: fewer questions and steps, same cells
 RUNS = Path(os.environ.get("NANOLLAVA_RUNS", "../runs/notebooks"))  # from the notebooks' folder
@@ -67,13 +69,13 @@ def hours(name: str, *overrides: str) -> list[dict]:
     """Stage 2 of each row of `recipes/ablations/NAME.yaml`, planned at full scale and not run: its
     hours over those of the first row, packed and as if padded, and the blog's hours over its first.
     """
-    ledger, rows = import_file(str(ROOT / "recipes/ledger.py")), []
-    found = list(ledger.ablation(ROOT / f"recipes/ablations/{name}.yaml"))
-    for title, row, base, keys in tqdm(found[: 2 if QUICK else None], name):
-        table = ledger.TABLES[row["table"]]
-        printed = dict(zip(table["factors"], table["rows"][row["blog"]]))["training_time"]
+    rows = []
+    found = list(ablate.read_rows(ROOT / f"recipes/ablations/{name}.yaml", "full").items())
+    for title, row in tqdm(found[: 2 if QUICK else None], name):
+        table = TABLES[row.table]
+        printed = dict(zip(table["factors"], table["rows"][row.blog]))["training_time"]
         told = re.match(r"(\d+)h(\d*)", printed.lower())
-        stage = plan(read_recipe(base, [*keys, *overrides]))["stage2"]
+        stage = plan(read_recipe(row.base, [*row.keys, *overrides]))["stage2"]
         rows.append({"row": title, "packed": stage["hours"],
                      "padded": stage["hours"] * (1 + stage["padding"]),
                      "blog": int(told[1]) + int(told[2] or 0) / 60})  # fmt: skip

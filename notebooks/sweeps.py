@@ -1,0 +1,134 @@
+"""The nano sweeps in recipes/ablations/results/, as tables and figures for lessons.
+
+sweeps.scores("grids")     # rows for plots.bars, with 95% t intervals over seeds
+sweeps.claims("grids")     # the blog's sentences, what was measured, the verdicts
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import plots
+from pandas.io.formats.style import Styler
+
+from nanollava.sources import import_file, tool
+
+ablate, verdicts = tool("ablate"), tool("verdicts")
+ABLATIONS = Path(__file__).parent.parent / "recipes" / "ablations"
+results = import_file(str(ABLATIONS.parent / "results.py"))
+
+
+def lines(name: str) -> dict[str, list[dict]]:
+    """Row of an ablation -> its measurements, one for each seed."""
+    file = ABLATIONS / f"{name}.yaml"
+    found = verdicts.latest(ablate.read_lines(results.results(file)))
+    rows = {row: [x for (other, _), x in sorted(found.items()) if other == row]
+            for row in ablate.read_rows(file)}  # fmt: skip
+    return {row: measured for row, measured in rows.items() if measured}
+
+
+def values(measured: Sequence[dict], metric: str | Sequence[str]) -> list[float]:
+    """One number for each seed: a task's score, the mean of several, `loss`, `train` or `infer`."""
+    names = [metric] if isinstance(metric, str) else metric
+    return [float(np.mean([verdicts.value(x, name) for name in names])) for x in measured]
+
+
+def scores(name: str, tasks: Sequence[str] = (), rows: Sequence[str] = ()) -> list[dict]:
+    """Rows for `plots.bars` and `plots.beside`: mean over seeds and its 95% t interval."""
+    out = []
+    for row, measured in lines(name).items():
+        for task in tasks or measured[0]["tasks"]:
+            if not rows or row in rows:
+                mean, low, high, _ = verdicts.interval(values(measured, task))
+                low, high = max(0.0, low), min(1.0, high)
+                chance = measured[0]["tasks"][task]["chance"]
+                out.append({"setting": row, "task": task, "score": mean, "low": low, "high": high,
+                            "chance": chance, "seeds": len(measured)})  # fmt: skip
+    return out
+
+
+def table(name: str, tasks: Sequence[str] = ()) -> Styler:
+    """An ablation's rows in %, mean and half of the 95% t interval; tokens; CPU seconds."""
+    shown = []
+    for row, measured in lines(name).items():
+        names = tasks or measured[0]["tasks"]
+        cells = {t.removeprefix("nano-"): results.spread(values(measured, t)) for t in names}
+        tokens = np.mean([x["tokens"] for x in measured[0]["tasks"].values()])
+        seconds = [s for x in measured if (s := [*x["cpu_seconds"].values()][-1])]
+        cost = round(float(np.mean(seconds))) if seconds else "-"
+        shown.append({"row": row, "seeds": len(measured), **cells, "tokens": round(tokens),
+                      "CPU-s": cost})  # fmt: skip
+    return pd.DataFrame(shown).style.hide(axis="index").set_caption(f"{name}: nano scores in %")
+
+
+def claims(name: str) -> Styler:
+    """The blog's sentences about an ablation, what nano measured, and the verdicts."""
+    shown = []
+    for v in results.judged(ABLATIONS / f"{name}.yaml"):
+        unit = 1 if {*v.claim.metric} & {"loss", "train", "infer"} else 100
+        found = f"{unit * v.mean:.2g} [{unit * v.low:.2g}, {unit * v.high:.2g}]"
+        shown.append({"claim": v.claim.name, "the blog": v.claim.says, "measured": found,
+                      "seeds": len(v.seeds), "verdict": v.word})  # fmt: skip
+    left = {"text-align": "left"}
+    return pd.DataFrame(shown).style.hide(axis="index").set_properties(**left)
+
+
+def curves(name: str, rows: Sequence[str] = (), window: int = 10) -> None:
+    """Losses of the last stage by row: the mean over seeds of means of `window` steps."""
+    _, axis = plt.subplots(figsize=(5.2, 2.6))
+    for i, (row, measured) in enumerate(lines(name).items()):
+        if rows and row not in rows:
+            continue
+        loss = np.mean([x["losses"] for x in measured], axis=0)
+        mean = np.convolve(loss, np.ones(window) / window, "valid")
+        style = ("-", "--", ":")[i // 4 % 3]
+        axis.plot(np.arange(len(mean)) + window, mean, style, color=plots.OURS[i % 4], label=row)
+    axis.set(xlabel="step", ylabel="loss, mean over seeds", title=name)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def frontier(
+    metric: Sequence[str] = ("nano-doc", "nano-sheet", "nano-dense", "nano-info"),
+) -> None:
+    """Score over tokens and over time: ours by grid (filled), the blog's T4 (hollow)."""
+    found, grids = lines("frontier"), {}
+    for row, measured in found.items():
+        grids.setdefault(row.split(",")[0], []).append(measured)
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9))
+    for i, (grid, rows) in enumerate(grids.items()):
+        score = [100 * np.mean(values(measured, metric)) for measured in rows]
+        tokens = [np.mean([m[0]["tasks"][t]["tokens"] for t in metric]) for m in rows]
+        seconds = [np.exp(np.nanmean(values(measured, "train"))) for measured in rows]
+        style = {"color": plots.OURS[i % 4], "marker": "os^Dv"[i], "label": f"nano, grid {grid}"}
+        axes[0].plot(tokens, score, **style)
+        axes[1].plot(seconds, score, **style)
+    blog = [dict(zip([*T4["factors"], *T4["metrics"]], row)) for row in T4["rows"]]
+    for (grid, rows), mark in zip(by(blog, "max_grids").items(), "s^Dv"):
+        hours = [clock(row["training_time"]) for row in rows]
+        score = [np.mean([row[key] for key in ("docvqa", "chartqa", "infovqa")]) for row in rows]
+        axes[2].plot(hours, score, mark + "-", mfc="white", color=plots.INK, label=f"blog, {grid}")
+    axes[0].set(xlabel="visual tokens a question", ylabel="reading, %", title="nano: tokens")
+    axes[1].set(xlabel="CPU seconds of stage 2", title="nano: time")
+    axes[2].set(xlabel="hours", title="blog (T4): DocVQA, ChartQA, InfoVQA")
+    handles = [h for axis in axes[1:] for h in axis.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, ncols=5, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0))
+    figure.tight_layout()
+
+
+T4 = plots.BLOG["tables"]["T4"]
+
+
+def by(rows: Sequence[dict], key: str) -> dict[str, list[dict]]:
+    """Rows grouped by a key."""
+    out: dict[str, list[dict]] = {}
+    for row in rows:
+        out.setdefault(row[key], []).append(row)
+    return out
+
+
+def clock(text: str) -> float:
+    """'6H30M', '11H14M' -> hours."""
+    hours, _, minutes = text.lower().removesuffix("in").removesuffix("m").partition("h")
+    return int(hours) + int(minutes or 0) / 60
