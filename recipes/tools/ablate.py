@@ -241,6 +241,14 @@ def read_lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def commit() -> str:
+    """The commit that results are made at, marked if what they depend on is changed."""
+    git, paths = ["git", "-C", str(ROOT)], ("nanollava", "recipes", ":!recipes/ablations/results")
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *paths, ":!recipes/*.md"])
+    return head.stdout.strip() + ("-dirty" if changed.returncode else "")
+
+
 def main(
     file: Annotated[Path, typer.Argument(help="Rows, e.g. recipes/ablations/grids.yaml")],
     seeds: Annotated[int, typer.Option(min=1, help="how many")] = 5,
@@ -255,16 +263,14 @@ def main(
     out = folder / f"{file.stem}{'.full' if full else ''}.jsonl"
     done = {(line["row"], line["seed"], line["run"]) for line in read_lines(out)}
     tasks = plan_tasks(file, scale, chosen, row or [], done)
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    today = datetime.date.today()
+    at, today = commit(), datetime.date.today()
     folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(tasks), desc=file.stem, smoothing=0, file=sys.stdout)
     for task, measured in run_tasks(tasks, 0 if full else workers):
         bar.update()
         for (name, seed, _), found in zip(task.rows, measured, strict=True):
             line = {"row": name, "seed": seed, "run": Path(task.recipe.run).name}
-            line |= {"commit": commit, "date": f"{today}", "cpu_seconds": costs(task), **found}
+            line |= {"commit": at, "date": f"{today}", "cpu_seconds": costs(task), **found}
             with out.open("a") as lines:
                 lines.write(json.dumps(line) + "\n")
             told = ", ".join(f"{k} {v['score']:.3f}" for k, v in found["tasks"].items())
