@@ -137,9 +137,9 @@ def figure_1(images: Sequence[Image.Image], kinds: dict[str, Sequence[Layout]]) 
     figure.tight_layout()
 
 
-def budget(model, image: Image.Image, grid: str, tau: str) -> None:
+def budget(model, image: Image.Image, grid: str, tau: str, most: int = 900) -> None:
     """One image under a grid and a budget: where its tokens lie, and what a question about it
-    costs, in millions of FLOPs forward.
+    costs, in millions of FLOPs forward (the axis ends at `most`).
     """
     visual = with_visual(model.recipe, {"max_grid": grid, "max_visual_tokens": tau}).visual
     turn = Turn("user", "<image>\nWhat is the tax?", 1)
@@ -157,7 +157,7 @@ def budget(model, image: Image.Image, grid: str, tau: str) -> None:
              "projector": cost["projector"] + cost["projector_2"],
              "LLM": cost["llm"] + cost["attention"]}  # fmt: skip
     axes[1].barh(list(parts), [n / 1e6 for n in parts.values()], color=OURS[:3])
-    axes[1].set(xlim=(0, 900), xlabel="million FLOPs")
+    axes[1].set(xlim=(0, most), xlabel="million FLOPs")
     axes[1].set_title(f"{lay.views} views x {T} features -> {lay.tokens} tokens", fontsize=9)
     axes[0].figure.tight_layout()
 
