@@ -10,8 +10,10 @@ from nanollava.sources import tool
 
 HERE = Path(__file__).parent
 TABLES = json.loads((HERE.parent / "notebooks/blog.json").read_text())["tables"]
-STANDS_FOR = {"nano-doc": "docvqa", "nano-info": "infovqa", "nano-chart": "chartqa",
-              "nano-presence": "pope", "nano-choice": "scienceqa_img"}  # fmt: skip
+STANDS_FOR = {
+    "nano-doc": "docvqa", "nano-info": "infovqa", "nano-chart": "chartqa", "nano-presence": "pope",
+    "nano-choice": "scienceqa_img", "CPU-s": "training_time",
+}  # fmt: skip
 verdicts, ablate = tool("verdicts"), tool("ablate")
 
 
@@ -62,6 +64,7 @@ def table(file: Path) -> list[str]:
         tokens = sum(mine[0]["tasks"][t]["tokens"] for t in tasks) / len(tasks)
         seconds = [s for m in mine if (s := [*m["cpu_seconds"].values()][-1])]
         mean = f"{sum(seconds) / len(seconds):.0f}" if seconds else "-"
+        mean += printed(row, "CPU-s")
         out.append(f"| {name} | {len(mine)} | {' | '.join(cells)} | {tokens:.0f} | {mean} |")
     return out
 
@@ -86,13 +89,15 @@ direction.
 
 Scores in %, with half of the 95% t interval over seeds; in brackets what the blog prints for the
 benchmark that the task stands for. Tokens: visual tokens a question. CPU-s: of the last stage, on
-one thread. A claim is a sentence of the blog, the rows that could show it and the smallest
-difference that matters, written into the ablation's file before its runs. Differences of scores are
-in points, those of `train` and `infer` are of logarithms of CPU seconds, those of `loss` in nats. A
-claim shows in the **same direction** (or the **opposite** one) where Holm's p over the claims of
-its table is below 0.05 and the difference is as large as matters; a claim of equality where the
-whole interval is within that difference; else it is **not resolved**. "Over questions" is what
-other questions could have said about the same models.
+one thread; in brackets the blog's time.
+
+A claim is a sentence of the blog, the rows that could show it and the smallest difference that
+matters, written into the ablation's file before its runs. Differences of scores are in points,
+those of `train` and `infer` are of logarithms of CPU seconds, those of `loss` in nats. A claim
+shows in the **same direction** (or the **opposite** one) where Holm's p over the claims of its
+table is below 0.05 and the difference is as large as matters; a claim of equality where the whole
+interval is within that difference; else it is **not resolved**. "Over questions" is what other
+questions could have said about the same models.
 """
 HEAD = ("claim", "the blog", "difference [95% over seeds]", "over questions", "seeds", "test",
         "verdict")  # fmt: skip
