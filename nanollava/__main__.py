@@ -13,7 +13,7 @@ from nanollava.sources import function_of, tool
 # What typer raises for a wrong command line, of click or of its own copy of it.
 USAGE = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-BESIDE = ("plan", "export", "ablate")  # commands that are files of recipes/tools
+BESIDE = ("plan", "export", "ablate", "recaption")  # commands that are files of recipes/tools
 RecipeFile = Annotated[str, typer.Argument(help="A recipe, e.g. recipes/nano.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
 Run = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/nano, or a LlavaOnevision's")]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
@@ -44,15 +44,23 @@ def questions(task: Task, seed: int) -> list[tuple[list[Turn], list[bytes], str]
     return out
 
 
+class Answer(NamedTuple):
+    """What a model says; by default that of a question that it cannot be asked."""
+
+    text: str = ""
+    tokens: int = 0  # visual tokens that it saw
+    cut: bool = False  # it took all the room that it had
+
+
 def answer_all(
     assistant: Any, writer: Writer, items: Sequence[tuple], room: int, title: str
-) -> tuple[list[str], list[int]]:
-    """Answers to items (turns, images, ...) and their visual tokens, with a progress bar.
+) -> list[Answer]:
+    """Answers to items (turns, images, ...) of at most `room` tokens, with a progress bar.
 
     A question that is too long or whose image cannot be read is named, and its answer is empty:
     it counts as wrong.
     """
-    answers, tokens = [""] * len(items), [0] * len(items)
+    answers = [Answer()] * len(items)
     bar = tqdm(total=len(items), desc=title, disable=None, leave=False)
     for start in range(0, len(items), AHEAD):
         documents: list[tuple[int, Document]] = []
@@ -66,12 +74,12 @@ def answer_all(
         while documents:
             n = max(1, BATCH // (len(documents[0][1].ids) + room))
             batch, documents = documents[:n], documents[n:]
-            texts = assistant.answer([d for _, d in batch], room)
-            for (i, document), text in zip(batch, texts, strict=True):
-                answers[i], tokens[i] = text, sum(lay.tokens for lay in document.layouts)
+            found = assistant.answer([d for _, d in batch], room)
+            for (i, document), (text, cut) in zip(batch, found, strict=True):
+                answers[i] = Answer(text, sum(lay.tokens for lay in document.layouts), cut)
             bar.update(len(batch))
     bar.close()
-    return answers, tokens
+    return answers
 
 
 def digits(rows: np.ndarray) -> str:
@@ -107,9 +115,9 @@ def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict
     items, start, used = questions(task, recipe.seed), time.perf_counter(), time.process_time()
     mine, title = items[rank::world], f"{name}, grid {visual.max_grid}"
     writer = assistant.model.writer(visual)
-    answers, tokens = answer_all(assistant, writer, mine, task.max_new_tokens, title)
+    answers = answer_all(assistant, writer, mine, task.max_new_tokens, title)
     seconds, used = time.perf_counter() - start, time.process_time() - used
-    pairs = [(text, item[2], n) for text, item, n in zip(answers, mine, tokens, strict=True)]
+    pairs = [(a.text, item[2], a.tokens) for a, item in zip(answers, mine, strict=True)]
     if world > 1:
         shares: list = [None] * world
         dist.all_gather_object(shares, pairs)

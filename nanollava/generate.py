@@ -128,14 +128,15 @@ class Assistant:
         cache.advance(lengths)
         return ids
 
-    def answer(self, documents: Sequence[Document], room: int) -> list[str]:
-        """Answers to a batch of prompts, each of at most `room` tokens."""
+    def answer(self, documents: Sequence[Document], room: int) -> list[tuple[str, bool]]:
+        """Answers to a batch of prompts, each of at most `room` tokens; True: it was cut there."""
         written: list[list[int]] = [[] for _ in documents]
         for step in self.stream(documents, room):
             for ids, token in zip(written, step, strict=True):
                 if token is not None:
                     ids.append(token)
-        return self.model.tokenizer.batch_decode(written, skip_special_tokens=True)
+        texts = self.model.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [(text, len(ids) == room) for text, ids in zip(texts, written, strict=True)]
 
     def chat(
         self, images: Picture | Sequence[Picture] | None, text: str,

@@ -1,0 +1,138 @@
+"""Re-captioning: every image once, whatever happens; only captions worth training on."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import ROOT, command
+
+import nanollava
+from nanollava.evaluate import Answer
+from nanollava.generate import Assistant
+from nanollava.recipe import Source
+from nanollava.sources import images_of, records, tool
+
+recaption = tool("recaption")
+WORLD = f"{ROOT}/recipes/nano/world.py"
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return nanollava.load(ROOT / "demo/nano")
+
+
+@pytest.fixture
+def run(monkeypatch, nano):
+    """The command in this process, in chunks of four."""
+    monkeypatch.setattr(recaption, "CHUNK", 4)
+    monkeypatch.setattr("nanollava.generate.load", lambda model, device: nano)
+
+    def command_(out: Path, source=f"{WORLD}:short_captions", rank=(0, 1), **keys):
+        for name, value in zip(("RANK", "WORLD_SIZE"), rank):
+            monkeypatch.setenv(name, str(value))
+        keys = {"samples": 10, "max_new_tokens": 96, "prompt": "Describe the image."} | keys
+        recaption.main(source, ROOT / "demo/nano", out, **keys)
+        return out
+
+    return command_
+
+
+def read(out: Path) -> list[dict]:
+    return list(records(Source(f"parquet:{out}/*.parquet"), 0))
+
+
+def test_images_keep_their_bytes_and_ids_and_get_what_the_model_says(run, tmp_path, nano):
+    found = read(run(tmp_path / "out"))
+    raw = list(records(Source(f"{WORLD}:short_captions", samples=10), 0))
+    assert [r["id"] for r in found] == [r["id"] for r in raw]
+    assert [images_of(r) for r in found] == [images_of(r) for r in raw]
+    assert [r["source"] for r in found] == [r["source"] for r in raw]
+    for new in found[:3]:
+        said = nano.chat(images_of(new)[0], "Describe the image.", max_new_tokens=96)
+        assert [t["value"] for t in new["conversations"]] == ["<image>\nDescribe the image.", said]
+    card = (tmp_path / "out/README.md").read_text()
+    assert "- 10 captions; left out: none" in card and '"Describe the image."' in card
+
+
+def test_stopped_and_on_other_processes_it_is_the_same_without_doing_it_twice(
+    run, tmp_path, monkeypatch
+):
+    whole, asked = read(run(tmp_path / "whole")), []
+    answer = Assistant.answer
+
+    def stopping(self, documents, room):
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        asked.append(len(documents))
+        return answer(self, documents, room)
+
+    monkeypatch.setattr(Assistant, "answer", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out")
+    assert [f.name for f in sorted((tmp_path / "out").glob("*.parquet"))] == ["00000.parquet"]
+    asked.clear()
+    monkeypatch.setattr(Assistant, "answer", answer)
+    written = (tmp_path / "out/00000.parquet").stat().st_mtime_ns
+    run(tmp_path / "out", rank=(1, 2))  # chunk 1
+    assert not (tmp_path / "out/README.md").exists(), "chunk 2 is not there"
+    run(tmp_path / "out", rank=(0, 2))
+    assert (tmp_path / "out/00000.parquet").stat().st_mtime_ns == written
+    assert read(tmp_path / "out") == whole
+    assert "10 captions" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("answer, reason", [
+    (Answer("a red circle", 9, False), ""),
+    (Answer(" \n", 9, False), "empty"),
+    (Answer("a red circle", 9, True), "cut off"),
+    (Answer("a cat sits. " * 20, 9, False), "repeats itself"),
+    (Answer("no no no no", 9, False), ""),  # short texts may
+    (Answer(" ".join(map(str, range(60))), 9, False), ""),
+])  # fmt: skip
+def test_what_is_no_caption(answer, reason):
+    assert recaption.fault(answer) == reason
+
+
+def test_what_is_left_out_is_counted_and_named(run, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT / "recipes/nano")!r})
+import world
+def mixed(split, count, seed):
+    one, two, three = world.short_captions(split, 3, seed)
+    yield one | {{"id": "a"}}
+    yield two | {{"id": "b", "image": b"no image"}}
+    yield three | {{"id": "c", "image": None}}
+    yield one | {{"id": "d", "image": [one["image"], two["image"]]}}
+    yield three | {{"id": "e", "image": "/not/there.png"}}
+""")
+    out = run(tmp_path / "out", f"{own}:mixed", samples=0)
+    assert [r["id"] for r in read(out)] == ["a"]
+    left = [
+        pair for k in (0, 1) for pair in json.loads((out / f"0000{k}.json").read_text())["left out"]
+    ]
+    assert {name: why.split(":")[0] for name, why in left} == {
+        "b": "unreadable image", "c": "no single image", "d": "no single image",
+        "e": "no single image"}  # fmt: skip
+    assert "1 captions; left out: 3 no single image, 1 unreadable image" in (
+        out / "README.md").read_text()  # fmt: skip
+
+
+def test_short_answers_are_cut_off(run, tmp_path):
+    out = run(tmp_path / "out", max_new_tokens=2)
+    assert not list(out.glob("*.parquet"))
+    assert "0 captions; left out: 10 cut off" in (out / "README.md").read_text()
+
+
+def test_what_is_refused(run, tmp_path):
+    run(tmp_path / "out", samples=2)
+    with pytest.raises(ValueError, match="begun otherwise: samples: 2 -> 3. Give another --out"):
+        run(tmp_path / "out", samples=3)
+    with pytest.raises(ValueError, match="'blip' is no source: write KIND:WHERE.*blip558k"):
+        run(tmp_path / "other", "blip")
+
+
+def test_the_command(tmp_path):
+    told = command("-m", "nanollava", "recaption", f"{WORLD}:short_captions", "--model",
+                   ROOT / "demo/nano", "--out", tmp_path, "--samples", 3)  # fmt: skip
+    assert "captions and their card are in" in told and len(read(tmp_path)) == 3
