@@ -186,13 +186,14 @@ def _mosaic(lay: Layout, rest: int) -> Layout:
     return replace(lay, crop=(top, rows - top, left, cols - left), raster=raster)
 
 
-def open_image(data: bytes | str | Path, limit: int = MAX_PIXELS) -> Image.Image:
-    """Bytes or a file of any size and mode -> RGB, upright, first frame.
+def open_image(data: bytes | str | Path | Image.Image, limit: int = MAX_PIXELS) -> Image.Image:
+    """Bytes, a file or an opened image of any size and mode -> RGB, upright, first frame.
 
     Raises ValueError for what cannot be read, and for more pixels than the limit.
     """
     try:
-        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS)
+        data = io.BytesIO(data) if isinstance(data, bytes) else data
+        image = data if isinstance(data, Image.Image) else Image.open(data, formats=FORMATS)
         if image.width * image.height > limit:
             raise ValueError(f"{image.width}x{image.height} pixels, limit {limit:,}")
         image.load()

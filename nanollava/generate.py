@@ -18,7 +18,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from nanollava.anyres import Layout, open_image, upright_rgb
+from nanollava.anyres import Layout, open_image
 from nanollava.llm import Cache
 from nanollava.model import VLM
 from nanollava.model import load as load_model
@@ -150,7 +150,7 @@ class Assistant:
         or an impossible setting.
         """
         images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
-        pictures = [upright_rgb(x) if isinstance(x, Image) else open_image(x) for x in images]
+        pictures = [open_image(image) for image in images]
         changes = {key: value for key, value in visual.items() if value is not None}
         keys = with_visual(self.model.recipe, changes).visual
         for pair in history or []:

@@ -4,6 +4,7 @@ sweeps.scores("grids")     # rows for plots.bars, with 95% t intervals over seed
 sweeps.claims("grids")     # the blog's sentences, what was measured, the verdicts
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -132,3 +133,8 @@ def clock(text: str) -> float:
     """'6H30M', '11H14M' -> hours."""
     hours, _, minutes = text.lower().removesuffix("in").removesuffix("m").partition("h")
     return int(hours) + int(minutes or 0) / 60
+
+
+if __name__ == "__main__":
+    frontier()
+    plt.savefig(sys.argv[1])
