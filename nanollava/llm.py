@@ -117,10 +117,13 @@ def packed_attention(
         pairs = cache.extend(module.layer_idx, key[0], value[0], lengths)
     else:
         pairs = list(zip(key[0].split(lengths, 1), value[0].split(lengths, 1), strict=True))
-    out = [
-        one_document(q, *(x.repeat_interleave(groups, 0) if groups > 1 else x for x in kv), scaling)
-        for q, kv in zip(query[0].split(lengths, 1), pairs, strict=True)
-    ]
+    with torch.autocast("cpu", enabled=False):  # it would make them bf16 again
+        out = [
+            one_document(
+                q, *(x.repeat_interleave(groups, 0) if groups > 1 else x for x in kv), scaling
+            )
+            for q, kv in zip(query[0].split(lengths, 1), pairs, strict=True)
+        ]
     return torch.cat(out, dim=1).transpose(0, 1)[None].to(dtype), None
 
 
