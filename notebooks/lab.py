@@ -65,6 +65,21 @@ def tune(name: str, steps: int, *overrides: str) -> str:
     return str(run)
 
 
+def say(*words: str) -> int:
+    """Run `python -m nanollava WORDS`, which here also knows tiny.py's encoder, without a network;
+    print what it says but for progress bars and this machine's folders; returns its exit code.
+    """
+    done = subprocess.run(
+        [sys.executable, "tiny.py", *words], cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"},
+    )  # fmt: skip
+    lines = [line.rstrip("\r").split("\r")[-1] for line in done.stdout.decode().split("\n")]
+    told = [line for line in lines if line.strip() and "it/s]" not in line]
+    print("\n".join(told).replace(f"{ROOT}/", "").replace(str(ROOT), "."))
+    return done.returncode
+
+
 def hours(name: str, *overrides: str) -> list[dict]:
     """Stage 2 of each row of `recipes/ablations/NAME.yaml`, planned at full scale and not run: its
     hours over those of the first row, packed and as if padded, and the blog's hours over its first.

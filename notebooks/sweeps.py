@@ -14,9 +14,10 @@ import pandas as pd
 import plots
 from pandas.io.formats.style import Styler
 
+from nanollava.recipe import read_recipe
 from nanollava.sources import import_file, tool
 
-ablate, verdicts = tool("ablate"), tool("verdicts")
+ablate, verdicts, plan = tool("ablate"), tool("verdicts"), tool("plan").plan
 ABLATIONS = Path(__file__).parent.parent / "recipes" / "ablations"
 results = import_file(str(ABLATIONS.parent / "results.py"))
 
@@ -47,6 +48,20 @@ def scores(name: str, tasks: Sequence[str] = (), rows: Sequence[str] = ()) -> li
                 chance = measured[0]["tasks"][task]["chance"]
                 out.append({"setting": row, "task": task, "score": mean, "low": low, "high": high,
                             "chance": chance, "seeds": len(measured)})  # fmt: skip
+    return out
+
+
+def work(name: str) -> list[dict]:
+    """Stage 2 of each row: FLOPs as planned on a sixteenth of the records, and CPU seconds."""
+    few = ("stages.stage1=null", "stages.stage1_5=null",
+           "sources.instructions.samples=85", "sources.sheets.samples=15")  # fmt: skip
+    asked, out = ablate.read_rows(ABLATIONS / f"{name}.yaml"), []
+    for row, measured in lines(name).items():
+        recipe = read_recipe(asked[row].base, [*asked[row].keys, *few])
+        stage = plan(recipe)["stage2"]
+        flops = stage["flops"] / stage["steps"] * len(measured[0]["losses"])
+        seconds = float(np.exp(np.nanmean(values(measured, "train"))))
+        out.append({"row": row, "flops": flops, "seconds": seconds, "seeds": len(measured)})
     return out
 
 
