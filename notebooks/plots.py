@@ -176,6 +176,46 @@ def losses(run: str | Path) -> None:
         axis.set(title=f"{name}: loss", xlabel="step", ylim=(0, None))
 
 
+def band(reference: str | Path, run: str | Path = "") -> None:
+    """The losses between which several runs of a recipe lie (its `reference`), stage by stage, and
+    those of `run` as means of ten steps, if it is there.
+    """
+    known = pd.read_csv(reference)
+    rows = pd.DataFrame([row for row in read_losses(run) if row["source"] == "all"])
+    names = list(known.stage.unique())
+    _, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.2), squeeze=False)
+    for axis, name in zip(axes[0], names):
+        mine = known[known.stage == name]
+        axis.fill_between(mine.step, mine.low, mine.high, color=OURS[1], lw=0)
+        axis.set(title=f"{name}: loss", xlabel="step", ylim=(0, None))
+        if len(rows):
+            loss = rows[rows.stage == name].loss.astype(float)
+            axis.plot(range(1, len(loss) + 1), loss.rolling(10, 1).mean(), color=OURS[0])
+
+
+def scaling() -> None:
+    """The blog's averages over the size of the LLM (T1), and over the size and the visual tokens of
+    the vision encoder (T3); one scale of scores for all.
+    """
+    llm, encoder = (pd.DataFrame(t["rows"], columns=[*t["factors"], *t["metrics"]])
+                    for t in (BLOG["tables"]["T1"], BLOG["tables"]["T3"]))  # fmt: skip
+    billions = llm.llm.str.extract(r"([\d.]+)B$")[0].astype(float)
+    tokens = encoder.visual_tokens.str.split("*").str[0].astype(int)
+    names = [f"{n} at {r}" for n, r in zip(encoder.vision_encoder, encoder.resolution)]
+    _, axes = plt.subplots(1, 3, figsize=(9, 2.7), sharey=True)
+    hollow = {"mfc": "white", "color": INK, "ls": ""}
+    axes[0].plot(billions, llm.avg, "o", **hollow)
+    sizes = encoder.model_size.str[:-1].astype(float)
+    for name, mark, size, T, score in zip(names, "osD^vP", sizes, tokens, encoder.avg):
+        axes[1].plot(size, score, mark, label=name, **hollow)
+        axes[2].plot(T, score, mark, **hollow)
+    for axis, title in zip(axes, ("LLM (T1)", "vision encoder (T3)")):
+        axis.set(xscale="log", xlim=(0.2, 200), xlabel=f"{title}, billion parameters")
+    axes[2].set(xticks=sorted({*tokens}), xlabel="tokens a view (T3)")
+    axes[0].set_ylabel("the blog's average, %")
+    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(2.25, 1))
+
+
 def bars(rows: Sequence[dict], against: str = "task", by: str = "setting") -> None:
     """Scores with their 95% intervals, in %: groups `against`, one bar for each `by`; a line marks
     what chance gives.
@@ -211,6 +251,9 @@ def beside(blog: dict[str, float], ours: Sequence[dict], names: tuple[str, str])
                         for key in ("score", "low", "high"))  # fmt: skip
     x = [row["setting"] for row in ours]
     axes[1].errorbar(x, score, [score - low, high - score], fmt="o-", color=OURS[0], capsize=3)
+    if not ours:
+        axes[1].set(xticks=[], yticks=[])
+        axes[1].text(0.5, 0.5, "not measured yet", ha="center", transform=axes[1].transAxes)
     for axis, name in zip(axes, names):
         axis.set_title(name, fontsize=9)
         axis.tick_params(axis="x", labelrotation=20)

@@ -65,6 +65,17 @@ def work(name: str) -> list[dict]:
     return out
 
 
+def averages(name: str, rows: Sequence[str] = ()) -> list[dict]:
+    """Rows for `plots.beside`: the mean of all tasks, over seeds, and its 95% t interval."""
+    out = []
+    for row, measured in lines(name).items():
+        if not rows or row in rows:
+            mean, low, high, _ = verdicts.interval(values(measured, [*measured[0]["tasks"]]))
+            out.append({"setting": row, "score": mean, "low": max(0.0, low), "high": min(1.0, high),
+                        "seeds": len(measured)})  # fmt: skip
+    return out
+
+
 def table(name: str, tasks: Sequence[str] = ()) -> Styler:
     """An ablation's rows in %, mean and half of the 95% t interval; tokens; CPU seconds."""
     shown = []
@@ -76,7 +87,8 @@ def table(name: str, tasks: Sequence[str] = ()) -> Styler:
         cost = round(float(np.mean(seconds))) if seconds else "-"
         shown.append({"row": row, "seeds": len(measured), **cells, "tokens": round(tokens),
                       "CPU-s": cost})  # fmt: skip
-    return pd.DataFrame(shown).style.hide(axis="index").set_caption(f"{name}: nano scores in %")
+    told = f"{name}: nano scores in %" if shown else f"{name}: not measured yet"
+    return pd.DataFrame(shown).style.hide(axis="index").set_caption(told)
 
 
 def claims(name: str) -> Styler:
@@ -93,8 +105,11 @@ def claims(name: str) -> Styler:
 
 def curves(name: str, rows: Sequence[str] = (), window: int = 10) -> None:
     """Losses of the last stage by row: the mean over seeds of means of `window` steps."""
+    if not (found := lines(name)):
+        print(f"{name}: not measured yet")
+        return
     _, axis = plt.subplots(figsize=(5.2, 2.6))
-    for i, (row, measured) in enumerate(lines(name).items()):
+    for i, (row, measured) in enumerate(found.items()):
         if rows and row not in rows:
             continue
         loss = np.mean([x["losses"] for x in measured], axis=0)

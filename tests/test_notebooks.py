@@ -130,3 +130,25 @@ def test_measure_asks_as_many_questions_as_it_says(monkeypatch):
     rows = lab.measure(llava, ["nano-doc"], {"one": {"max_grid": "1x1"}}, n=7)
     assert asked == [("nano-doc", 7, "test", "1x1")] and rows == [
         {"setting": "one", "task": "nano-doc"}]  # fmt: skip
+
+
+def test_a_band_lies_between_low_and_high_and_a_run_upon_it(tmp_path):
+    (tmp_path / "band.csv").write_text("stage,step,low,high\nstage1,1,4,6\nstage1,2,3,5\n")
+    head = "stage,step,source,loss,tokens,lr,seconds\n"
+    (tmp_path / "losses.csv").write_text(head + "stage1,1,all,5,9,0,1\nstage1,2,all,4,9,0,1\n")
+    plots.band(tmp_path / "band.csv", tmp_path)
+    axis = plots.plt.gca()
+    corners = axis.collections[0].get_paths()[0].vertices.tolist()
+    assert {tuple(c) for c in corners} == {(1, 4), (1, 6), (2, 3), (2, 5)}
+    assert axis.lines[0].get_xydata().tolist() == [[1, 5], [2, 4.5]]  # a mean of ten, or fewer
+    plots.plt.close("all")
+
+
+def test_scaling_draws_each_row_at_its_size():
+    plots.scaling()
+    llm, size, tokens = plots.plt.gcf().axes
+    assert llm.lines[0].get_xydata().tolist()[0] == [0.5, 52.8]
+    assert llm.lines[0].get_xydata().tolist()[-1] == [110, 76.0]
+    assert [line.get_xydata().tolist()[0] for line in size.lines][-1] == [0.4, 66.4]
+    assert [line.get_xydata().tolist()[0] for line in tokens.lines][4] == [1024, 64.4]
+    plots.plt.close("all")
