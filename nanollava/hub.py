@@ -31,8 +31,8 @@ def fetching(what: str, key: str) -> Iterator[None]:
             else "without a network, fetch it where there is one and give the copy's path as "
             f"{key}, or set HF_HOME to a cache that has it"
         )
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(f"{what} could not be had: {reason:.200}; {door}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise FileNotFoundError(f"{what} could not be had: {reason}; {door}") from error
 
 
 def check_space(folder: str, write: float, fetch: float) -> str:
