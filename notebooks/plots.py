@@ -64,13 +64,13 @@ def picture(axis, image, title: str = "", edge: str = INK) -> None:
 def captioned(found: dict[str, tuple[Image.Image | None, str]], columns: int = 4) -> None:
     """Pictures in rows, each with its title above and its text below; None has no picture."""
     rows = -(-len(found) // columns)
-    _, axes = plt.subplots(rows, columns, figsize=(2.3 * columns, 3.1 * rows), squeeze=False)
+    _, axes = plt.subplots(rows, columns, figsize=(2.3 * columns, 3.4 * rows), squeeze=False)
     for axis, (title, (image, text)) in zip(axes.flat, found.items()):
         picture(axis, image or np.full((48, 48, 3), 235, np.uint8), title)
         axis.set_xlabel(text, fontsize=7, linespacing=1.1)
     for axis in axes.flat[len(found) :]:
         axis.axis("off")
-    axes[0, 0].figure.subplots_adjust(wspace=0.1, hspace=0.25)
+    axes[0, 0].figure.subplots_adjust(wspace=0.1, hspace=0.55)
 
 
 def grid_over(axis, image: Image.Image, lay: Layout) -> None:

@@ -155,8 +155,8 @@ def figure_2(metric: Sequence[str] = ALL) -> None:
         axes[1].axhline(100 * np.mean(values(base, metric)), color=plots.INK, lw=0.8, ls="-.")
     baseline = printed(ablate.read_rows(ABLATIONS / "stage1_5_data.yaml")["none"])["avg"]
     axes[0].axhline(baseline, color=plots.INK, lw=0.8, ls="-.", label="no stage 1.5 (T12)")
-    nano = "nano" if axes[1].lines else "nano: not run yet"
-    for axis, title in zip(axes, ("blog (T11, T12)", nano)):
+    measured = lines("stage1_data") or lines("stage1_5_data")
+    for axis, title in zip(axes, ("blog (T11, T12)", "nano" if measured else "nano: not run yet")):
         axis.set(xscale="log", xlim=(9e4, 1.6e7), title=title, ylabel="average, %",
                  xlabel="samples, as the blog counts")  # fmt: skip
     figure.legend(ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0))
