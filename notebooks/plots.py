@@ -61,6 +61,18 @@ def picture(axis, image, title: str = "", edge: str = INK) -> None:
         spine.set(color=edge, linewidth=1.2, visible=True)
 
 
+def captioned(found: dict[str, tuple[Image.Image | None, str]], columns: int = 4) -> None:
+    """Pictures in rows, each with its title above and its text below; None has no picture."""
+    rows = -(-len(found) // columns)
+    _, axes = plt.subplots(rows, columns, figsize=(2.3 * columns, 3.4 * rows), squeeze=False)
+    for axis, (title, (image, text)) in zip(axes.flat, found.items()):
+        picture(axis, image or np.full((48, 48, 3), 235, np.uint8), title)
+        axis.set_xlabel(text, fontsize=7, linespacing=1.1)
+    for axis in axes.flat[len(found) :]:
+        axis.axis("off")
+    axes[0, 0].figure.subplots_adjust(wspace=0.1, hspace=0.55)
+
+
 def grid_over(axis, image: Image.Image, lay: Layout) -> None:
     """The chosen grid drawn over the image, in the image's own pixels."""
     (a, b), (left, top), (w, h) = lay.grid, lay.offset, lay.fitted
@@ -238,7 +250,8 @@ def bars(rows: Sequence[dict], against: str = "task", by: str = "setting") -> No
                     color=INK, ls=":")  # fmt: skip
     axis.set(xticks=range(len(groups)), ylabel="score, %", ylim=(0, 105))
     axis.set_xticklabels([str(g).removeprefix("nano-") for g in groups], rotation=30, ha="right")
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    if rows:
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def beside(blog: dict[str, float], ours: Sequence[dict], names: tuple[str, str]) -> None:

@@ -2,8 +2,11 @@
 
 sweeps.scores("grids")     # rows for plots.bars, with 95% t intervals over seeds
 sweeps.claims("grids")     # the blog's sentences, what was measured, the verdicts
+
+python notebooks/sweeps.py notebooks/figures/frontier.png      # the README's figure
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,8 +100,9 @@ def claims(name: str) -> Styler:
     for v in results.judged(ABLATIONS / f"{name}.yaml"):
         unit = 1 if {*v.claim.metric} & {"loss", "train", "infer"} else 100
         found = f"{unit * v.mean:.2g} [{unit * v.low:.2g}, {unit * v.high:.2g}]"
+        found, word = (found, v.word) if v.seeds else ("-", "not run yet")
         shown.append({"claim": v.claim.name, "the blog": v.claim.says, "measured": found,
-                      "seeds": len(v.seeds), "verdict": v.word})  # fmt: skip
+                      "seeds": len(v.seeds), "verdict": word})  # fmt: skip
     left = {"text-align": "left"}
     return pd.DataFrame(shown).style.hide(axis="index").set_properties(**left)
 
@@ -117,7 +121,8 @@ def curves(name: str, rows: Sequence[str] = (), window: int = 10) -> None:
         style = ("-", "--", ":")[i // 4 % 3]
         axis.plot(np.arange(len(mean)) + window, mean, style, color=plots.OURS[i % 4], label=row)
     axis.set(xlabel="step", ylabel="loss, mean over seeds", title=name)
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    if axis.lines:  # none before the first results
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def frontier(
@@ -146,6 +151,61 @@ def frontier(
     handles = [h for axis in axes[1:] for h in axis.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, ncols=5, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0))
     figure.tight_layout()
+
+
+ALL = ("nano-doc", "nano-sheet", "nano-dense", "nano-info", "nano-chart", "nano-presence",
+       "nano-choice")  # fmt: skip
+FIGURE_2 = {  # series: (ablation, its rows by amount, marker and line, colour)
+    "stage 1.5, re-captions":
+        ("stage1_5_data", ("118K (ReCap)", "558K (ReCap)", "3M (ReCap)"), "o-", plots.GRID),
+    "stage 1.5, raw captions":
+        ("stage1_5_data", ("COCO118K", "BLIP558K", "CC3M"), "o--", plots.BASE),
+    "stage 1, public raw captions": ("stage1_data", ("558K", "CC3M", "CC12M"), "s-", plots.INK),
+    "stage 1, web, top quality":
+        ("stage1_data", tuple(f"Web {n}, top quality" for n in ("0.6M", "3M", "12M")), "s--",
+         plots.OURS[1]),
+    "stage 1, web, random":
+        ("stage1_data", tuple(f"Web {n}, random" for n in ("0.6M", "3M", "12M")), "s:",
+         plots.OURS[3]),
+}  # fmt: skip
+
+
+def figure_2(metric: Sequence[str] = ALL) -> None:
+    """The blog's Figure 2, average score over amount of data: the blog's from T11 and T12 (hollow),
+    ours (filled, 95% t intervals over seeds) where measured. The amounts are the blog's.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.9))
+    for name, (ablation, rows, style, colour) in FIGURE_2.items():
+        known, found = ablate.read_rows(ABLATIONS / f"{ablation}.yaml"), lines(ablation)
+        blog = [printed(known[row])["avg"] for row in rows]
+        axes[0].plot([*map(amount, rows)], blog, style, mfc="white", color=colour, label=name)
+        done = [row for row in rows if row in found]
+        each = [verdicts.interval(values(found[row], metric)) for row in done]
+        mean, low = (np.array([100 * x[i] for x in each]) for i in (0, 1))
+        bars = np.where(np.isfinite(low), mean - low, 0)  # one seed has no interval
+        axes[1].errorbar([*map(amount, done)], mean, bars, fmt=style, color=colour, capsize=3)
+    if base := lines("stage1_5_data").get("none"):
+        axes[1].axhline(100 * np.mean(values(base, metric)), color=plots.INK, lw=0.8, ls="-.")
+    baseline = printed(ablate.read_rows(ABLATIONS / "stage1_5_data.yaml")["none"])["avg"]
+    axes[0].axhline(baseline, color=plots.INK, lw=0.8, ls="-.", label="no stage 1.5 (T12)")
+    measured = lines("stage1_data") or lines("stage1_5_data")
+    for axis, title in zip(axes, ("blog (T11, T12)", "nano" if measured else "nano: not run yet")):
+        axis.set(xscale="log", xlim=(9e4, 1.6e7), title=title, ylabel="average, %",
+                 xlabel="samples, as the blog counts")  # fmt: skip
+    figure.legend(ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0))
+    figure.tight_layout()
+
+
+def printed(row) -> dict:
+    """What the blog prints in the row of its table that an ablation's row stands for."""
+    keys = plots.BLOG["tables"][row.table]
+    return dict(zip([*keys["factors"], *keys["metrics"]], keys["rows"][row.blog]))
+
+
+def amount(name: str) -> float:
+    """'BLIP558K' -> 558000.0, 'Web 0.6M, random' -> 600000.0: the samples in a row's name."""
+    number, unit = re.search(r"(\d[\d.]*)([KM])", name).groups()
+    return float(number) * {"K": 1e3, "M": 1e6}[unit]
 
 
 T4 = plots.BLOG["tables"]["T4"]

@@ -1,13 +1,17 @@
 """The notebooks run from top to bottom, and are what STYLE asks of a lesson."""
 
 import ast
+import base64
+import io
 import re
 import statistics
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 from nanollava.sources import import_file
 
@@ -152,3 +156,24 @@ def test_scaling_draws_each_row_at_its_size():
     assert [line.get_xydata().tolist()[0] for line in size.lines][-1] == [0.4, 66.4]
     assert [line.get_xydata().tolist()[0] for line in tokens.lines][4] == [1024, 64.4]
     plots.plt.close("all")
+
+
+def test_figure_2_draws_the_blogs_averages_over_the_blogs_amounts():
+    sweeps = import_file(str(ROOT / "notebooks/sweeps.py"))
+    sweeps.figure_2()
+    lines = {line.get_label(): line for line in sweeps.plt.gcf().axes[0].lines}
+    recaptions = lines["stage 1.5, re-captions"]
+    assert recaptions.get_xdata().tolist() == [118e3, 558e3, 3e6]
+    assert list(recaptions.get_ydata()) == [68.6, 69.4, 70.7]
+    assert list(lines["stage 1, web, random"].get_ydata()) == [67.7, 67.6, 68.2]
+    sweeps.plt.close("all")
+
+
+def test_pictures_of_a_notebook_keep_their_size_and_look():
+    run = import_file(str(ROOT / "notebooks/run.py"))
+    pixels = np.zeros((40, 60, 3), np.uint8) + np.arange(60, dtype=np.uint8)[:, None] * 4
+    Image.fromarray(pixels).save(file := io.BytesIO(), "PNG", compress_level=0)
+    text = run.small(before := base64.b64encode(file.getvalue()).decode())
+    kept = np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
+    assert len(text) < len(before) and kept.shape == pixels.shape
+    assert abs(kept.astype(int) - pixels).max() <= 4
