@@ -28,10 +28,10 @@ import typer
 from PIL import Image
 from views import Exchange, picture, sees, speed, talk
 
-from nanollava.anyres import Layout, open_image, open_video, parse_budget, parse_grids
+from nanollava.anyres import Layout, open_image, parse_budget, parse_grids
 from nanollava.generate import Assistant, load
 from nanollava.recipe import with_visual
-from nanollava.sources import import_file
+from nanollava.sources import import_file, tool
 
 ROOT = Path(__file__).parents[1]
 PIXELS, MEGABYTES, IMAGES, FRAMES = 40_000_000, 20, 8, 4
@@ -110,7 +110,9 @@ def open_file(file: str) -> list[Image.Image]:
         if path.stat().st_size > MEGABYTES * 1_000_000:
             raise ValueError(f"{path.stat().st_size:,} bytes; the limit is {MEGABYTES} MB")
         data, video = path.read_bytes(), path.suffix.lower() in VIDEOS
-        images = open_video(data, FRAMES, PIXELS) if video else [open_image(data, PIXELS)]
+        images = (
+            tool("video").open_video(data, FRAMES, PIXELS) if video else [open_image(data, PIXELS)]
+        )
     except OSError as error:
         raise ValueError(f"{path.name}: it is gone; add it again") from error
     except ValueError as error:

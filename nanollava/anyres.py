@@ -12,7 +12,6 @@ Sizes are (width, height) here, and (H, W) only inside tensors.
 import io
 import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import isqrt, sqrt
@@ -27,7 +26,6 @@ from torch.nn import functional as F
 MAX_PIXELS = 150_000_000
 # Pixels only: Pillow hands EPS to another program, and some video containers name other files.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")
-CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpegts,ogg,flv"
 UNREADABLE = (OSError, SyntaxError, ValueError, ArithmeticError, struct.error, MemoryError,
               Image.DecompressionBombError)  # fmt: skip
 GRIDS = {
@@ -202,34 +200,6 @@ def open_image(data: bytes | str | Path | Image.Image, limit: int = MAX_PIXELS) 
         raise ValueError(f"unreadable image: none of {', '.join(FORMATS)}") from error
     except UNREADABLE as error:
         raise ValueError(f"unreadable image: {error}") from error
-
-
-def open_video(data: bytes | str | Path, count: int, limit: int = MAX_PIXELS) -> list[Image.Image]:
-    """`count` frames evenly spaced from the first to the last, as the released code takes them;
-    all frames of a shorter video. Raises ValueError for what cannot be read, and for more pixels
-    than the limit in a frame or than 100 times the limit in all of them.
-    """
-    import av
-
-    def pieces(cut: str) -> Iterator:
-        source = io.BytesIO(data) if isinstance(data, bytes) else str(data)
-        with av.open(source, options={"format_whitelist": CONTAINERS}) as video:
-            stream = video.streams.video[0]
-            pixels = stream.width * stream.height
-            if pixels > limit or pixels * stream.frames > 100 * limit:
-                size = f"{stream.frames} frames of {stream.width}x{stream.height} pixels"
-                raise ValueError(f"{size}, limit {limit:,} each and {100 * limit:,} in all")
-            yield from getattr(video, cut)(stream)
-
-    try:
-        total = sum(packet.size > 0 for packet in pieces("demux"))
-        wanted = np.linspace(0, total - 1, min(count, total), dtype=int)
-        frames = [x.to_image() for i, x in enumerate(pieces("decode")) if i in wanted]
-    except (*UNREADABLE, IndexError, av.FFmpegError) as error:
-        raise ValueError(f"unreadable video: {error}") from error
-    if not frames:
-        raise ValueError("unreadable video: it has no frames")
-    return frames
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

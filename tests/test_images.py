@@ -14,11 +14,14 @@ from PIL import Image
 
 import nanollava.anyres
 import nanollava.model
-from nanollava.anyres import Visual, open_image, open_video
+from nanollava.anyres import Visual, open_image
 from nanollava.encoder import Encoder, Row
 from nanollava.model import VLM
 from nanollava.prompts import Turn
 from nanollava.sequence import pack
+from nanollava.sources import tool
+
+open_video = tool("video").open_video
 
 TURNS = (Turn("user", "<image>\nwhat?", 1), Turn("assistant", "a frame 305"))
 ORIENTATION = 0x0112

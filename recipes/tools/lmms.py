@@ -17,14 +17,15 @@ from typing import Any
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 
-from nanollava.anyres import open_video
 from nanollava.evaluate import answer_all
 from nanollava.generate import load
 from nanollava.prompts import PLACEHOLDER, Turn
 from nanollava.recipe import with_visual
+from nanollava.sources import tool
 
 ROOM = 1024  # tokens of an answer where a task does not say, as in the released code's wrapper
 log = logging.getLogger(__name__)
+open_video = tool("video").open_video
 
 
 def manifest() -> Any:
