@@ -4,6 +4,7 @@ python recipes/results.py        # writes recipes/RESULTS.md from recipes/ablati
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from nanollava.sources import tool
@@ -122,9 +123,18 @@ def page() -> str:
     for line in (line for file in files() for line in ablate.read_lines(results(file))):
         trained[line["run"]] = [*line["cpu_seconds"].values()][-1] or 0
     hours = sum(trained.values()) / 3600
-    told = f"{len(trained)} last stages were trained in {hours:.1f} CPU hours."
+    told = f"{len(trained)} last stages were trained in {hours:.1f} CPU hours. {summary()}"
     sections = [line for file in files() for line in section(file)]
     return "\n".join([OPENING, told, *sections]) + "\n"
+
+
+def summary() -> str:
+    """How many claims have which verdict."""
+    words = Counter(
+        v.word if len(v.seeds) >= verdicts.LEAST else "" for file in files() for v in judged(file)
+    )
+    waits = f"; {words['']} wait for more seeds" if words[""] else ""
+    return ", ".join(f"{word}: {words[word]}" for word in verdicts.WORDS) + waits + "."
 
 
 if __name__ == "__main__":

@@ -231,7 +231,8 @@ def test_only_seeds_that_have_all_rows_count_and_the_last_line_of_each():
     lines = [line("a", 0, 0.9), line("a", 0, 0.5), line("b", 0, 0.4), line("a", 1, 0.7)]
     found = verdicts.measure(CLAIM, lines)
     assert found.seeds == (0,) and found.mean == pytest.approx(0.1)
-    assert verdicts.judge([found])[0].word == "not resolved", "one seed shows nothing"
+    two = verdicts.measure(CLAIM, seeds(0.200, 0.201))
+    assert two.p < 0.01 and verdicts.judge([two])[0].word == "not resolved", "too few seeds"
 
 
 def test_holm_by_hand():

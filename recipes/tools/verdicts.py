@@ -26,7 +26,9 @@ from scipy.stats import ttest_1samp
 from nanollava.evaluate import DIGITS
 from nanollava.metrics import METRICS
 
-SAME, OPPOSITE, OPEN = "same direction", "opposite", "not resolved"
+SAME, OPPOSITE, OPEN = WORDS = ("same direction", "opposite", "not resolved")
+
+LEAST = 3  # seeds of a verdict
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,12 @@ def holm(ps: Sequence[float]) -> list[float]:
 def word(v: Verdict, p: float) -> str:
     """Same direction, opposite or not resolved; `p` is adjusted for the number of claims.
 
-    A claim of equality holds where the interval is within the margin, and is contradicted where it
+    No verdict on fewer than LEAST seeds. A claim of equality holds where the interval is within the margin, and is contradicted where it
     is outside. Any other holds where the difference is not 0 by chance and as large as matters.
     """
     margin = v.claim.margin
+    if len(v.seeds) < LEAST:
+        return OPEN
     if v.claim.equal:
         inside, outside = -margin < v.low and v.high < margin, v.low > margin or v.high < -margin
         return SAME if inside else OPPOSITE if outside else OPEN
