@@ -153,8 +153,9 @@ def holm(ps: Sequence[float]) -> list[float]:
 def word(v: Verdict, p: float) -> str:
     """Same direction, opposite or not resolved; `p` is adjusted for the number of claims.
 
-    No verdict on fewer than LEAST seeds. A claim of equality holds where the interval is within the margin, and is contradicted where it
-    is outside. Any other holds where the difference is not 0 by chance and as large as matters.
+    No verdict on fewer than LEAST seeds. A claim of equality holds where the interval is within the
+    margin, and is contradicted where it is outside. Any other holds where the difference is not 0
+    by chance and as large as matters.
     """
     margin = v.claim.margin
     if len(v.seeds) < LEAST:
