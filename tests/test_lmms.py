@@ -1,0 +1,133 @@
+"""nanollava in lmms-eval's own evaluator: its tasks as they are, rows with exactly their columns.
+
+pip install lmms-eval==0.7.3        # an extra: without it these tests are skipped
+"""
+
+import io
+import json
+
+import datasets
+import pytest
+from launching import ROOT
+from PIL import Image
+
+from nanollava.evaluate import Answer
+from nanollava.sources import import_file
+
+pytest.importorskip("lmms_eval", reason="the extra `eval` is not installed")
+from lmms_eval.evaluator import simple_evaluate  # noqa: E402
+from lmms_eval.tasks import TaskManager  # noqa: E402
+from nanollava_tools import lmms  # noqa: E402
+
+world = import_file(str(ROOT / "recipes/nano/world.py"))
+DEMO = f"pretrained={ROOT}/demo/nano"
+SINGLE = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+UNSURE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+
+
+def page(i: int) -> Image.Image:
+    *_, record = world.doc("test", i + 1, 0)
+    return Image.open(io.BytesIO(record["image"]))
+
+
+def vqa(i, **more):
+    return {"question": f"What is it, {i}?", "image": page(i), "answers": [f"word{i}"] * 10, **more}
+
+
+ROWS = {  # task: (split, row i, the question as the model is asked it, a right answer, its metric)
+    "docvqa_val": ("validation", lambda i: vqa(i, questionId=str(i)), "What is it, 1?" + SINGLE,
+                   "word1", "anls"),
+    "infovqa_val": ("validation", lambda i: vqa(i, questionId=str(i)), "What is it, 1?" + SINGLE,
+                    "word1", "anls"),
+    "chartqa": ("test", lambda i: {"question": f"How much, {i}?", "image": page(i),
+                                   "answer": f"{i}5", "type": "human_test"},
+                "How much, 1?\nAnswer the question with a single word.", "15", "relaxed_overall"),
+    "ai2d": ("test", lambda i: {"question": f"Which, {i}?", "image": page(i), "answer": "1",
+                                "options": ["cat", "dog", "cow"]},
+             "Which, 1?\nA. cat\nB. dog\nC. cow" + LETTER, "B.", "exact_match"),
+    "scienceqa_img": ("test", lambda i: {"question": f"Which, {i}?", "image": page(i),
+                                         "answer": 1, "choices": ["cat", "dog"],
+                                         "hint": "They bark."},
+                      "Context: They bark.\nWhich, 1?\nA. cat\nB. dog" + LETTER,
+                      "B", "exact_match"),
+    "pope": ("test", lambda i: {"question": f"Is there a dog, {i}?", "image": page(i),
+                                "answer": "yes", "id": str(i), "question_id": str(i),
+                                "category": "random", "image_source": "x"},
+             "Is there a dog, 1?" + SINGLE, "yes", "pope_f1_score"),
+    "vizwiz_vqa_val": ("val", lambda i: vqa(i, question_id=str(i), category="other"),
+                       "What is it, 1?" + UNSURE + SINGLE, "word1", "exact_match"),
+    "ok_vqa_val2014": ("val2014", lambda i: vqa(i, question_id=str(i)),
+                       "What is it, 1?" + UNSURE + SINGLE, "word1", "exact_match"),
+    "ocrbench": ("test", lambda i: {"question": f"what is written, {i}?", "image": page(i),
+                                    "answer": [f"word{i}"], "dataset": "IIIT5K",
+                                    "question_type": "Regular Text Recognition"},
+                 "what is written, 1?", "word1", "ocrbench_accuracy"),
+    "synthdog_en": ("validation", lambda i: {"image": page(i), "ground_truth": json.dumps(
+        {"gt_parse": {"text_sequence": f"a page {i}"}})}, None, "a page 1", "tree_edit_distance"),
+    "mme": ("test", lambda i: {"question_id": f"a/{i // 2}.png", "image": page(i),
+                               "question": f"Is it {i}? Please answer yes or no.",
+                               "category": "OCR", "answer": ("Yes", "No")[i % 2]},
+            "Is it 1?" + SINGLE, "No", "mme_perception_score"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def local(monkeypatch):
+    """Datasets of the hub as two rows each."""
+
+    def give(task):
+        split, row, *_ = ROWS[task]
+        found = datasets.DatasetDict({split: datasets.Dataset.from_list([row(0), row(1)])})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found.copy())
+
+    return give
+
+
+def run(task, **more):
+    return simple_evaluate(
+        model="nanollava", tasks=[task], task_manager=TaskManager("ERROR"), batch_size=1,
+        model_args=",".join([DEMO, *(f"{k}={v}" for k, v in more.items())]), bootstrap_iters=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_the_blogs_tasks_ask_in_their_words_and_score_right_answers(task, local, monkeypatch):
+    local(task)
+    _, row, question, right, metric = ROWS[task]
+    seen = []
+
+    def answer_all(assistant, writer, items, room, title):
+        seen.extend((turns, len(images), room) for turns, images, _ in items)
+        answers = {0: right.replace("1", "0").replace("No", "Yes"), 1: right}
+        return [Answer(answers[i] if task != "chartqa" else f"{i}5") for *_, i in items]
+
+    monkeypatch.setattr(lmms, "answer_all", answer_all)
+    found = run(task)["results"][task]
+    ((turn,), images, room), ((other,), *_) = seen
+    assert images == turn.images == 1 and turn.text.startswith("<image>\n")
+    if question:
+        assert other.text == f"<image>\n{question}"
+    score = next(v for k, v in found.items() if k.startswith(metric) and "stderr" not in k)
+    best = {"mme": 200, "ocrbench": 2 / 1000, "synthdog_en": 2 * (1 - 1 / 9)}.get(task, 1)
+    assert score == pytest.approx(best), found
+
+
+def test_answers_are_those_of_the_model_at_the_keys_asked_for(local):
+    local("docvqa_val")
+    import nanollava
+
+    llava = nanollava.load(ROOT / "demo/nano")
+    for grid in ("3x3", "base"):
+        got = [
+            s["filtered_resps"][0]
+            for s in run("docvqa_val", max_grid=grid)["samples"]["docvqa_val"]
+        ]
+        asked = [vqa(i)["question"] + SINGLE for i in (0, 1)]
+        assert got == [llava.chat(page(i), q, max_grid=grid) for i, q in enumerate(asked)]
+
+
+def test_an_unknown_key_is_named(local):
+    local("docvqa_val")
+    with pytest.raises(ValueError, match="max_gird"):
+        run("docvqa_val", max_gird="3x3")
