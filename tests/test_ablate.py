@@ -144,7 +144,7 @@ def test_a_task_waits_for_the_one_that_it_begins_with(monkeypatch):
     order = [("a", ""), ("b", "a"), ("c", ""), ("d", "b")]
     tasks = {run: ablate.Task(None, before) for run, before in order}
     monkeypatch.setattr(ablate, "call", lambda _, recipe, before, infers, log: slow(log[:1]))
-    monkeypatch.setattr(ablate, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
+    monkeypatch.setattr(ablate, "ProcessPoolExecutor", lambda n, *_, **__: ThreadPoolExecutor(n))
     times = {}
     for task, found in ablate.run_tasks(tasks, 2):
         times[next(run for run, t in tasks.items() if t is task)] = found

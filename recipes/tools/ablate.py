@@ -206,7 +206,8 @@ def run_tasks(tasks: dict[str, Task], workers: int):
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # several processes share the cores
     waiting, running = dict(tasks), {}
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    # A process keeps half a GB of each run that it made: five are enough for one.
+    with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=5) as pool:
         while waiting or running:
             open_ = {*waiting, *running.values()}
             ready = [run for run, task in waiting.items() if task.before not in open_]
