@@ -17,7 +17,7 @@ from nanollava.generate import Assistant
 from nanollava.recipe import read_recipe, with_visual, write_recipe
 from nanollava.sources import tool
 
-ablate, plan = tool("ablate"), tool("plan").plan
+read_rows, plan = tool("rows").read_rows, tool("plan").plan
 
 ROOT = Path(__file__).parent.parent
 TABLES = json.loads(Path(__file__).with_name("blog.json").read_text())["tables"]
@@ -85,7 +85,7 @@ def hours(name: str, *overrides: str) -> list[dict]:
     hours over those of the first row, packed and as if padded, and the blog's hours over its first.
     """
     rows = []
-    found = list(ablate.read_rows(ROOT / f"recipes/ablations/{name}.yaml", "full").items())
+    found = list(read_rows(ROOT / f"recipes/ablations/{name}.yaml", "full").items())
     for title, row in tqdm(found[: 2 if QUICK else None], name):
         table = TABLES[row.table]
         printed = dict(zip(table["factors"], table["rows"][row.blog]))["training_time"]

@@ -21,6 +21,7 @@ from nanollava.recipe import read_recipe
 from nanollava.sources import import_file, tool
 
 ablate, verdicts, plan = tool("ablate"), tool("verdicts"), tool("plan").plan
+read_rows = tool("rows").read_rows
 ABLATIONS = Path(__file__).parent.parent / "recipes" / "ablations"
 results = import_file(str(ABLATIONS.parent / "results.py"))
 
@@ -30,7 +31,7 @@ def lines(name: str) -> dict[str, list[dict]]:
     file = ABLATIONS / f"{name}.yaml"
     found = verdicts.latest(ablate.read_lines(results.results(file)))
     rows = {row: [x for (other, _), x in sorted(found.items()) if other == row]
-            for row in ablate.read_rows(file)}  # fmt: skip
+            for row in read_rows(file)}  # fmt: skip
     return {row: measured for row, measured in rows.items() if measured}
 
 
@@ -58,7 +59,7 @@ def work(name: str) -> list[dict]:
     """Stage 2 of each row: FLOPs as planned on a sixteenth of the records, and CPU seconds."""
     few = ("stages.stage1=null", "stages.stage1_5=null",
            "sources.instructions.samples=85", "sources.sheets.samples=15")  # fmt: skip
-    asked, out = ablate.read_rows(ABLATIONS / f"{name}.yaml"), []
+    asked, out = read_rows(ABLATIONS / f"{name}.yaml"), []
     for row, measured in lines(name).items():
         recipe = read_recipe(asked[row].base, [*asked[row].keys, *few])
         stage = plan(recipe)["stage2"]
@@ -176,7 +177,7 @@ def figure_2(metric: Sequence[str] = ALL) -> None:
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.9))
     for name, (ablation, rows, style, colour) in FIGURE_2.items():
-        known, found = ablate.read_rows(ABLATIONS / f"{ablation}.yaml"), lines(ablation)
+        known, found = read_rows(ABLATIONS / f"{ablation}.yaml"), lines(ablation)
         blog = [printed(known[row])["avg"] for row in rows]
         axes[0].plot([*map(amount, rows)], blog, style, mfc="white", color=colour, label=name)
         done = [row for row in rows if row in found]
@@ -186,7 +187,7 @@ def figure_2(metric: Sequence[str] = ALL) -> None:
         axes[1].errorbar([*map(amount, done)], mean, bars, fmt=style, color=colour, capsize=3)
     if base := lines("stage1_5_data").get("none"):
         axes[1].axhline(100 * np.mean(values(base, metric)), color=plots.INK, lw=0.8, ls="-.")
-    baseline = printed(ablate.read_rows(ABLATIONS / "stage1_5_data.yaml")["none"])["avg"]
+    baseline = printed(read_rows(ABLATIONS / "stage1_5_data.yaml")["none"])["avg"]
     axes[0].axhline(baseline, color=plots.INK, lw=0.8, ls="-.", label="no stage 1.5 (T12)")
     measured = lines("stage1_data") or lines("stage1_5_data")
     for axis, title in zip(axes, ("blog (T11, T12)", "nano" if measured else "nano: not run yet")):

@@ -78,7 +78,7 @@ def rows() -> dict[tuple[str, int], tuple[str, str, str]]:
         for i, file in enumerate(files):
             found[table, i] = (Path(file).stem, command(file, []), told(read_recipe(HERE / file)))
     for file in sorted((HERE / "ablations").glob("*.yaml")):
-        for name, row in tool("ablate").read_rows(file, "full").items():
+        for name, row in tool("rows").read_rows(file, "full").items():
             keys, place = list(row.keys), f"{row.table}_{row.blog}"
             recipe = read_recipe(row.base, keys)
             if row.blog is None:

@@ -15,7 +15,7 @@ STANDS_FOR = {
     "nano-doc": "docvqa", "nano-info": "infovqa", "nano-chart": "chartqa", "nano-presence": "pope",
     "nano-choice": "scienceqa_img", "CPU-s": "training_time",
 }  # fmt: skip
-verdicts, ablate = tool("verdicts"), tool("ablate")
+verdicts, ablate, rows_of = tool("verdicts"), tool("ablate"), tool("rows")
 
 
 def files() -> list[Path]:
@@ -57,7 +57,7 @@ def table(file: Path) -> list[str]:
     tasks = [*next(iter(lines.values()))["tasks"]]
     out = ["| row | seeds | " + " | ".join(tasks) + " | tokens | CPU-s |",
            "|---" * (len(tasks) + 4) + "|"]  # fmt: skip
-    for name, row in ablate.read_rows(file).items():
+    for name, row in rows_of.read_rows(file).items():
         mine = [line for (other, _), line in sorted(lines.items()) if other == name]
         if not mine:
             continue

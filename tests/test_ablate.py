@@ -20,7 +20,7 @@ from nanollava.metrics import f1
 from nanollava.recipe import read_recipe
 from nanollava.sources import import_file, tool
 
-ablate, verdicts = tool("ablate"), tool("verdicts")
+ablate, rows, verdicts = tool("ablate"), tool("rows"), tool("verdicts")
 results = import_file(str(ROOT / "recipes/results.py"))
 FILES = sorted((ROOT / "recipes/ablations").glob("*.yaml"))
 
@@ -29,7 +29,7 @@ def rows_of(tmp_path, text: str, scale="nano") -> dict:
     base = ROOT / "recipes"
     file = tmp_path / "rows.yaml"
     file.write_text(f"base: {{nano: {base}/nano_sweep.yaml, full: {base}/qwen05b.yaml}}\n{text}")
-    return ablate.read_rows(file, scale)
+    return rows.read_rows(file, scale)
 
 
 # ---- rows
@@ -65,13 +65,13 @@ def test_a_role_that_a_base_lacks_is_named(tmp_path):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_every_row_is_a_recipe_of_the_nano_base_and_every_claim_has_its_rows(file):
-    rows = ablate.read_rows(file)
-    for row in rows.values():
+    read = rows.read_rows(file)
+    for row in read.values():
         recipe = read_recipe(row.base, row.keys)
         tasks = {name for name, task in recipe.tasks.items() if task}
         assert all(recipe.tasks[name].samples >= 500 for name in tasks)
     for claim in verdicts.read_claims(file):
-        assert {*claim.contrast} <= {*rows} and claim.margin > 0 and claim.says
+        assert {*claim.contrast} <= {*read} and claim.margin > 0 and claim.says
         assert {*claim.metric} <= tasks | {"loss", "train", "infer"}
 
 
@@ -90,7 +90,63 @@ def test_what_is_refused(tmp_path):
         ablate.plan_tasks(file, "nano", range(1), ["c"], set())
 
 
+@pytest.mark.parametrize("text, told", [
+    ("", "is no ablation: .*missing mandatory value: rows"),
+    ("rows: {}", "is no ablation: write rows"),
+    ("rows: {a: }", "is no ablation"),
+    ("rows: [a, b]", "is no ablation"),
+    ("rows: {a: {kyes: [seed=1]}}", "is no ablation: Key 'kyes'"),
+    ("rows: {a: {keys: seed=1}}", "is no ablation"),
+    ("rows: {a: {keys: [stages.stage2.lrr*=2]}}", "row a: stages.stage2.lrr.*has no number"),
+    ("rows: {a: {keys: [encoder*=2]}}", "row a: encoder.*has no number"),
+    ("rows: {a: {infer: {max_gird: 4x4}}}", "row a: visual keys.*max_gird"),
+    ("rows: {a: {}}\nclaim: {}", "is no ablation: Key 'claim'"),
+    ("rows: {a: {}}\nclaims: {c: {says: x, section: '2', metric: loss, contrast: {a: 0}}}",
+     "margin"),
+    ("rows: {a: {", "is no ablation"),
+])  # fmt: skip
+def test_files_that_mean_nothing_are_named(text, told, tmp_path):
+    with pytest.raises(ValueError, match=f"rows.yaml.*{told}|{told}") as error:
+        rows_of(tmp_path, text)
+        verdicts.read_claims(tmp_path / "rows.yaml")
+    assert "rows.yaml" in str(error.value)
+
+
 # ---- runs
+
+
+def test_each_row_is_asked_by_its_seed_on_its_own_tasks(tmp_path):
+    file = tmp_path / "rows.yaml"
+    base = ROOT / "recipes/nano_sweep.yaml"
+    rows = "{a: {}, b: {keys: [tasks.nano-doc.samples=7]}, c: {infer: {max_grid: base}}}"
+    file.write_text(f"base: {{nano: {base}}}\nrows: {rows}\n")
+    tasks = ablate.plan_tasks(file, "nano", range(3, 5), [], set())
+    last = [task for task in tasks.values() if task.asked]
+    assert [task.recipe.seed for task in last] == [3, 4] and len(tasks) == 4
+    for task in last:
+        asked = {one.row: one for one in task.asked}
+        assert [one.seed for one in task.asked] == [task.recipe.seed] * 3
+        assert asked["a"].tasks["nano-doc"].samples == 500
+        assert asked["b"].tasks["nano-doc"].samples == 7
+        assert len({one.key for one in task.asked}) == 3, "each is measured by itself"
+    done = {(one.row, one.seed, one.key) for task in last for one in task.asked}
+    assert not ablate.plan_tasks(file, "nano", range(3, 5), [], done)
+    some = ablate.plan_tasks(file, "nano", range(3, 5), ["b"], set())
+    assert {one.row for task in some.values() for one in task.asked} == {"b"}
+
+
+def test_a_row_that_ends_without_tiles_keeps_its_own_layout():
+    one = ends(["stages.stage2=null", "visual.max_grid=6x6"])
+    assert len(one) == 1 and one != ends(["stages.stage2=null"])
+
+
+def test_other_content_is_another_run(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text("def some(**_):\n    yield {}\n")
+    keys = [f"sources.sheets.path={own}:some"]
+    before = ends(keys)
+    own.write_text("def some(**_):\n    yield {'id': 1}\n")
+    assert ends(keys)[1] != before[1] and ends(keys)[0] == before[0]
 
 
 def ends(keys: list[str], seed=0) -> list[str]:
@@ -142,8 +198,8 @@ def slow(name: str):
 
 def test_a_task_waits_for_the_one_that_it_begins_with(monkeypatch):
     order = [("a", ""), ("b", "a"), ("c", ""), ("d", "b")]
-    tasks = {run: ablate.Task(None, before) for run, before in order}
-    monkeypatch.setattr(ablate, "call", lambda _, recipe, before, infers, log: slow(log[:1]))
+    tasks = {run: ablate.Task(run, before) for run, before in order}
+    monkeypatch.setattr(ablate, "call", lambda _, run, before, asked: slow(run))
     monkeypatch.setattr(ablate, "ProcessPoolExecutor", lambda n, *_, **__: ThreadPoolExecutor(n))
     times = {}
     for task, found in ablate.run_tasks(tasks, 2):
@@ -170,7 +226,7 @@ rows:
     told = command("-m", "nanollava", "ablate", folder / "rows.yaml", "--seeds", 1, "--workers", 2)
     yield folder, told
     for made in {*cache.glob("*")} - before:
-        shutil.rmtree(made)
+        shutil.rmtree(made) if made.is_dir() else made.unlink()
 
 
 def lines_of(folder) -> dict:
@@ -233,6 +289,17 @@ def test_only_seeds_that_have_all_rows_count_and_the_last_line_of_each():
     assert found.seeds == (0,) and found.mean == pytest.approx(0.1)
     two = verdicts.measure(CLAIM, seeds(0.200, 0.201))
     assert two.p < 0.01 and verdicts.judge([two])[0].word == "not resolved", "too few seeds"
+
+
+def test_a_mean_over_metrics():
+    lines = [line("a", 0, 0.5, losses=[0.3]), line("b", 0, 0.1, losses=[0.2])]
+    found = verdicts.measure(replace(CLAIM, metric=("t", "loss")), lines)
+    assert found.mean == pytest.approx((0.4 + 0.1) / 2)
+
+
+def test_a_tie_of_seeds_is_no_evidence():
+    found = verdicts.measure(CLAIM, seeds(0.03, 0.03, 0.03))
+    assert found.p == 1 and verdicts.judge([found])[0].word == "not resolved"
 
 
 def test_holm_by_hand():
@@ -303,9 +370,9 @@ def test_the_page_of_results_is_that_of_the_lines():
 
 def test_measured_lines_are_whole_and_of_reporting_seeds():
     for file in results.files():
-        rows = ablate.read_rows(file)
+        read = rows.read_rows(file)
         for x in ablate.read_lines(results.results(file)):
-            assert x["row"] in rows and x["seed"] < ablate.TUNING and "dirty" not in x["commit"]
+            assert x["row"] in read and x["seed"] < ablate.TUNING and "dirty" not in x["commit"]
             for task in x["tasks"].values():
                 total = verdicts.METRICS[task["metric"]][1]
                 assert task["n"] >= 500

@@ -46,7 +46,7 @@ def test_every_row_of_the_blog_stands_in_the_ledger_as_it_is_generated():
 def test_rows_set_what_the_blogs_tables_say():
     """Grid, budget and place of pooling, read from the tables' own columns."""
     for file in sorted((RECIPES / "ablations").glob("*.yaml")):
-        for name, row in tool("ablate").read_rows(file, "full").items():
+        for name, row in tool("rows").read_rows(file, "full").items():
             content = ledger.TABLES.get(row.table, {"factors": []})
             recipe = read_recipe(row.base, row.keys)
             printed = dict(zip(content["factors"], content["rows"][row.blog], strict=False)

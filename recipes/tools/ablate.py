@@ -1,15 +1,7 @@
-"""Ablations: rows of changed keys on a base -> runs -> results, one line each as it comes.
+"""Ablations: rows of changed keys on a base (rows.py) -> runs -> results, one line each.
 
     python -m nanollava ablate recipes/ablations/grids.yaml --seeds 5
 
-    base: {nano: ../nano_sweep.yaml, full: ../qwen05b.yaml}
-    roles: {nano: {recap: detailed}, full: {recap: recap_coco118k}}
-    rows:
-      NAME: {keys: [KEY=VALUE, ...], nano: [...], full: [...], infer: {max_grid: 4x4}}
-
-A row's `keys` hold on both bases, those under `nano` or `full` on one; at the top of the file they
-are for all rows, and a row with `nano: null` is not for that base. `$recap` is what the base calls
-that role, `KEY*=0.5` half of the base's value. `infer` changes visual keys after training only.
 Rows that begin alike share what they have in common: every stage has a run folder of its own, named
 by a hash of all that it depends on.
 """
@@ -23,78 +15,23 @@ import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from string import Template
 from typing import Annotated, Any
 
 import typer
-import yaml
-from omegaconf import OmegaConf
+from filelock import FileLock
 from tqdm import tqdm
 
 from nanollava.anyres import Visual, parse_budget
 from nanollava.encoder import ENCODERS
-from nanollava.recipe import Recipe, absolute_paths, read_recipe, run_keys
-from nanollava.sources import call
+from nanollava.recipe import Recipe, read_recipe, run_keys, used_sources
+from nanollava.sources import call, tool
 
+rows_of, verdicts = tool("rows"), tool("verdicts")
 TUNING = 100  # seeds from here on choose settings; their results are no evidence
 ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table on one base."""
-
-    keys: list[str]  # as typed after the base's file name
-    base: Path
-    infer: dict[str, str] = field(
-        default_factory=dict
-    )  # visual keys that are changed after training
-    blog: int | None = None  # its place in the blog's table
-    table: str = ""
-    missing: str = ""  # why it cannot be run at full scale
-
-
-def read_rows(file: Path, scale: str = "nano") -> dict[str, Row]:
-    """The rows of an ablation's file on its `nano` or its `full` base."""
-    tree = yaml.safe_load(file.read_text())
-    if scale not in tree["base"]:
-        return {}
-    base = (file.parent / tree["base"][scale]).resolve()
-    roles, common = tree.get("roles", {}).get(scale, {}), tree.get(scale, [])
-    start, found = None, {}
-    for name, row in tree["rows"].items():
-        if row.get(scale, []) is None:
-            continue  # a row of the other base alone
-        keys = [*common, *row.get(scale, []), *row.get("keys", [])]
-        try:
-            keys = [local(Template(key).substitute(roles), base.parent) for key in keys]
-        except KeyError as error:
-            raise ValueError(f"{file}: row {name}: roles.{scale} has no {error}") from error
-        if any("*=" in key for key in keys):
-            start = start or read_recipe(base, common)
-            keys = [at_ratio(key, start) for key in keys]
-        about = {k: row[k] for k in ("infer", "blog", "table", "missing") if k in row}
-        found[name] = Row(keys, base, **{"table": tree.get("blog", ""), **about})
-    return found
-
-
-def local(key: str, folder: Path) -> str:
-    """A key whose value, if it is a local path, is one of the base's folder."""
-    name, sign, value = key.partition("=")
-    return name + sign + absolute_paths(value, folder)
-
-
-def at_ratio(key: str, base: Recipe) -> str:
-    """`stages.stage2.lr*=0.5` -> `stages.stage2.lr=1e-05` for a base with 2e-5."""
-    name, sign, ratio = key.partition("*=")
-    if not sign:
-        return key
-    value = OmegaConf.select(OmegaConf.structured(base), name)
-    number = value * float(ratio)
-    return f"{name}={round(number) if isinstance(value, int) else f'{number:g}'}"
 
 
 def untiled(visual: Visual, T: int) -> Visual:
@@ -107,19 +44,39 @@ def untiled(visual: Visual, T: int) -> Visual:
 
 
 def ladder(recipe: Recipe, cache: Path) -> list[Recipe]:
-    """The runs that end in the recipe's own, each one stage longer than the one before."""
+    """The runs that end in the recipe's own, each one stage longer than the one before.
+
+    For stages 1 and 2: a run of stage 1 alone, which other rows may share, then the whole.
+    """
     rungs, stages = [], {}
-    for name, stage in recipe.stages.items():
-        if not stage:
-            continue
+    todo = {name: stage for name, stage in recipe.stages.items() if stage}
+    for name, stage in todo.items():
         stages = {**stages, name: stage}
-        plain = not any(stage.anyres for stage in stages.values())
+        shared = len(stages) < len(todo) and not any(s.anyres for s in stages.values())
         visual = untiled(recipe.visual, ENCODERS[recipe.encoder].side ** 2)
-        part = replace(recipe, stages=stages, visual=visual if plain else recipe.visual)
-        text = json.dumps(run_keys(part), sort_keys=True).replace(str(ROOT), "")
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        rungs.append(replace(part, run=str(cache / digest), fresh=False))
+        part = replace(recipe, stages=stages, visual=visual if shared else recipe.visual)
+        rungs.append(replace(part, run=str(cache / digest(content(part))), fresh=False))
+    if not rungs:
+        raise ValueError("a row without a stage trains nothing")
     return rungs
+
+
+def content(recipe: Recipe) -> list:
+    """All that a run depends on: its keys, the order of its sources, their content, its weights."""
+    from nanollava.data import shard_folder
+
+    sources = [[*stage.mix] for stage in recipe.stages.values()]
+    shards = [shard_folder(recipe, name).name for name in sorted(used_sources(recipe))]
+    local = [Path(recipe.encoder_weights), *sorted(Path(recipe.llm).glob("*.safetensors"))]
+    weights = [hashlib.sha256(f.read_bytes()).hexdigest() for f in local if f.is_file()]
+    packs = [stage.microbatch_tokens for stage in recipe.stages.values()]
+    return [run_keys(recipe), sources, shards, weights, [] if recipe.isolate_documents else packs]
+
+
+def digest(found: Any) -> str:
+    """A short hash, the same wherever the repository lies."""
+    text = json.dumps(found, sort_keys=True).replace(str(ROOT), "")
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def make(recipe: Recipe, before: str) -> None:
@@ -135,14 +92,24 @@ def make(recipe: Recipe, before: str) -> None:
         if stage != last and not (run / stage).exists():
             (run / stage).symlink_to(os.path.relpath(Path(before) / stage, run))
     prepare(recipe)  # shared by many runs: no part of any one's cost
-    start = time.process_time()
+    begun, start = (run / "recipe.yaml").exists(), time.process_time()
     train(recipe)
-    starts = len(json.loads((run / "environment.json").read_text()))
-    seconds = round(time.process_time() - start, 1) if starts == 1 else None  # else not all of it
+    seconds = None if begun else round(time.process_time() - start, 1)  # else not all of it
     (run / "cost.json").write_text(json.dumps({"cpu_seconds": seconds}))
 
 
-def measure(recipe: Recipe, infer: dict[str, str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Asked:
+    """A row's measurement: which row, by which seed, on which tasks at which visual keys."""
+
+    row: str
+    seed: int
+    tasks: dict[str, Any]
+    infer: dict[str, str]
+    key: str  # a hash of all that it depends on
+
+
+def measure(recipe: Recipe, asked: Asked) -> dict[str, Any]:
     """Score a trained recipe; its losses, its cost and its tasks' scores."""
     from nanollava.evaluate import evaluate
     from nanollava.generate import load
@@ -150,21 +117,27 @@ def measure(recipe: Recipe, infer: dict[str, str]) -> dict[str, Any]:
 
     run, last = Path(recipe.run), [*recipe.stages][-1]
     losses = [r for r in read_losses(run) if r["stage"] == last and r["source"] == "all"]
-    assistant, tasks = load(run), {}
-    asked = replace(assistant.model.recipe, tasks=recipe.tasks, settings={"row": infer})
-    assistant.model.recipe = asked
-    if any(recipe.tasks.values()):
+    assistant, scores = load(run), {}
+    known = assistant.model.recipe
+    assistant.model.recipe = replace(known, tasks=asked.tasks, settings={"row": asked.infer})
+    if any(asked.tasks.values()):
         keep = ("metric", "score", "n", "chance", "tokens", "cpu_seconds", "each")
-        tasks = {r["task"]: {k: r[k] for k in keep} for r in evaluate(assistant, run)}
-    return {"losses": [round(float(r["loss"]), 3) for r in losses], "tasks": tasks}
+        scores = {r["task"]: {k: r[k] for k in keep} for r in evaluate(assistant, run)}
+    return {"losses": [round(float(r["loss"]), 3) for r in losses], "tasks": scores}
 
 
-def work(recipe: Recipe, before: str, infers: list[dict[str, str]], log: str) -> list[dict]:
-    """One run, and what it scores at each of `infers`; told to a log file."""
-    Path(log).parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as out, redirect_stdout(out), redirect_stderr(out):
-        make(recipe, before)
-        return [measure(recipe, infer) for infer in infers]
+def work(recipe: Recipe, before: str, asked: list[Asked]) -> list[dict]:
+    """One run, and what it scores; told to a log file. Another sweep's turn is waited for."""
+    Path(recipe.run).mkdir(parents=True, exist_ok=True)
+    log = Path(recipe.run, "log.txt")
+    with FileLock(f"{recipe.run}.lock"), log.open("a") as out:
+        try:
+            with redirect_stdout(out), redirect_stderr(out):
+                make(recipe, before)
+                return [measure(recipe, one) for one in asked]
+        except Exception as error:
+            rows = ", ".join(f"{one.row}, seed {one.seed}" for one in asked) or "what rows share"
+            raise ValueError(f"{rows}: {type(error).__name__}: {error} (see {log})") from error
 
 
 @dataclass
@@ -173,12 +146,14 @@ class Task:
 
     recipe: Recipe
     before: str
-    rows: list[tuple[str, int, dict[str, str]]] = field(default_factory=list)  # name, seed, infer
+    asked: list[Asked] = field(default_factory=list)
 
 
 def plan_tasks(file: Path, scale: str, seeds: range, only: list[str], done: set) -> dict[str, Task]:
     """Run folder -> task, in an order in which each comes after what it begins with."""
-    rows, tasks = read_rows(file, scale), {}
+    rows, tasks = rows_of.read_rows(file, scale), {}
+    if not rows:
+        raise ValueError(f"{file} has no rows for a {scale} base")
     if unknown := {*only} - {*rows}:
         raise ValueError(f"{file} has no row {sorted(unknown)}; it has {list(rows)}")
     for seed in seeds:
@@ -186,20 +161,20 @@ def plan_tasks(file: Path, scale: str, seeds: range, only: list[str], done: set)
             if (only and name not in only) or (row.missing and scale == "full"):
                 continue
             recipe, before = read_recipe(row.base, row.keys, seed=seed), ""
-            rungs = ladder(recipe, ROOT / "runs/ablate")
-            if (name, seed, Path(rungs[-1].run).name) in done:
+            kept = {k: t for k, t in recipe.tasks.items() if t}
+            key = digest([run_keys(recipe), row.infer, {k: asdict(t) for k, t in kept.items()}])
+            if (name, seed, key) in done:
                 continue
-            for rung in rungs:
+            for rung in ladder(recipe, ROOT / "runs/ablate"):
                 task = tasks.setdefault(rung.run, Task(rung, before))
                 before = rung.run
-            task.rows.append((name, seed, row.infer))
+            task.asked.append(Asked(name, seed, kept, row.infer, key))
     return tasks
 
 
 def run_tasks(tasks: dict[str, Task], workers: int):
     """Yield (task, its measurements) as they are done, `workers` at a time; 0: here, in order."""
-    args = {run: (t.recipe, t.before, [infer for *_, infer in t.rows], f"{run}/log.txt")
-            for run, t in tasks.items()}  # fmt: skip
+    args = {run: (t.recipe, t.before, t.asked) for run, t in tasks.items()}
     if not workers:
         for run, task in tasks.items():
             yield task, work(*args[run])
@@ -238,8 +213,14 @@ def costs(task: Task) -> dict[str, float | None]:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The results that were measured so far."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The results that were measured so far; the half line of a sweep that was killed is no one."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def torn(file: Path) -> bool:
+    """Whether a file ends in half a line."""
+    return file.exists() and file.stat().st_size > 0 and not file.read_bytes().endswith(b"\n")
 
 
 def commit() -> str:
@@ -259,22 +240,26 @@ def main(
     full: Annotated[bool, typer.Option("--full", help="on the real base, one run at once")] = False,
 ) -> None:  # fmt: skip
     """Train and score the rows of an ablation; goes on where it was stopped."""
+    if first < TUNING < first + seeds:
+        raise ValueError(f"seeds {first} to {first + seeds - 1}: from {TUNING} on is for tuning")
     scale, chosen = "full" if full else "nano", range(first, first + seeds)
     folder = ROOT / "runs/ablate" if full or first >= TUNING else file.parent / "results"
     out = folder / f"{file.stem}{'.full' if full else ''}.jsonl"
-    done = {(line["row"], line["seed"], line["run"]) for line in read_lines(out)}
+    verdicts.read_claims(file)  # what is wrong with them is told now
+    done = {(line["row"], line["seed"], line["key"]) for line in read_lines(out)}
     tasks = plan_tasks(file, scale, chosen, row or [], done)
     at, today = commit(), datetime.date.today()
     folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(tasks), desc=file.stem, smoothing=0, file=sys.stdout)
     for task, measured in run_tasks(tasks, 0 if full else workers):
         bar.update()
-        for (name, seed, _), found in zip(task.rows, measured, strict=True):
-            line = {"row": name, "seed": seed, "run": Path(task.recipe.run).name}
-            line |= {"commit": at, "date": f"{today}", "cpu_seconds": costs(task), **found}
+        for asked, found in zip(task.asked, measured, strict=True):
+            line = {"row": asked.row, "seed": asked.seed, "key": asked.key, "commit": at}
+            line |= {"date": f"{today}", "run": Path(task.recipe.run).name}
+            line |= {"cpu_seconds": costs(task), **found}
             with out.open("a") as lines:
-                lines.write(json.dumps(line) + "\n")
+                lines.write("\n" * torn(out) + json.dumps(line) + "\n")
             told = ", ".join(f"{k} {v['score']:.3f}" for k, v in found["tasks"].items())
-            bar.write(f"{name}, seed {seed}: {told}", file=sys.stdout)
+            bar.write(f"{asked.row}, seed {asked.seed}: {told}", file=sys.stdout)
     bar.close()
     print(f"{len(read_lines(out))} results in {os.path.relpath(out)}")

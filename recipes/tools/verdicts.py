@@ -20,12 +20,13 @@ from math import log, nan
 from pathlib import Path
 
 import numpy as np
-import yaml
 from scipy.stats import ttest_1samp
 
 from nanollava.evaluate import DIGITS
 from nanollava.metrics import METRICS
+from nanollava.sources import tool
 
+rows_of = tool("rows")
 SAME, OPPOSITE, OPEN = WORDS = ("same direction", "opposite", "not resolved")
 
 LEAST = 3  # seeds of a verdict
@@ -59,15 +60,17 @@ class Verdict:
 
 
 def read_claims(file: Path) -> list[Claim]:
-    """The claims of an ablation's file; ValueError for rows that it does not have."""
-    tree, found = yaml.safe_load(file.read_text()), []
-    for name, keys in tree.get("claims", {}).items():
-        metric = keys.pop("metric")
-        claim = Claim(name, metric=(metric,) if isinstance(metric, str) else tuple(metric), **keys)
-        if unknown := {*claim.contrast} - {*tree["rows"]}:
+    """The claims of an ablation's file; ValueError for what cannot be measured."""
+    tree, found = rows_of.read_ablation(file), []
+    for name, keys in tree.claims.items():
+        metric = (keys.metric,) if isinstance(keys.metric, str) else tuple(keys.metric)
+        claim = Claim(name, **vars(keys) | {"metric": metric})
+        if unknown := {*claim.contrast} - {*tree.rows}:
             raise ValueError(f"{file}: claim {name!r}: no rows {sorted(unknown)}")
         if abs(sum(claim.contrast.values())) > 1e-9:
             raise ValueError(f"{file}: claim {name!r}: the weights of its contrast sum to 0")
+        if not claim.margin > 0:
+            raise ValueError(f"{file}: claim {name!r}: margin {claim.margin}; expected above 0")
         found.append(claim)
     return found
 
@@ -95,7 +98,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float, float]:
     if len(x) < 2:
         return (float(x.mean()) if len(x) else nan, -np.inf, np.inf, 1.0)
     if np.ptp(x) == 0:
-        return (x[0], x[0], x[0], float(x[0] == 0))
+        return (float(x[0]), float(x[0]), float(x[0]), 1.0)  # a spread of 0 is a tie, no evidence
     test = ttest_1samp(x, 0)
     low, high = test.confidence_interval()
     return float(x.mean()), float(low), float(high), float(test.pvalue)
