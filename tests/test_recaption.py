@@ -25,7 +25,7 @@ def nano():
 def run(monkeypatch, nano):
     """The command in this process, in chunks of four."""
     monkeypatch.setattr(recaption, "CHUNK", 4)
-    monkeypatch.setattr("nanollava.generate.load", lambda model, device: nano)
+    monkeypatch.setattr("nanollava.generate.load", lambda model: nano)
 
     def command_(out: Path, source=f"{WORLD}:short_captions", rank=(0, 1), **keys):
         for name, value in zip(("RANK", "WORLD_SIZE"), rank):
@@ -130,6 +130,13 @@ def test_what_is_refused(run, tmp_path):
         run(tmp_path / "out", samples=3)
     with pytest.raises(ValueError, match="'blip' is no source: write KIND:WHERE.*blip558k"):
         run(tmp_path / "other", "blip")
+
+
+def test_a_mistyped_source_begins_nothing(run, tmp_path):
+    for wrong in ("jsonn:./list.json", f"{tmp_path}/none.py:some", "parquet:./none/*.parquet"):
+        with pytest.raises((ValueError, OSError)):
+            run(tmp_path / "out", wrong)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(tmp_path):

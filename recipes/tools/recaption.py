@@ -96,8 +96,10 @@ def settle(folder: Path, asked: dict[str, Any]) -> None:
     """Note what is asked; ValueError where the folder was begun with something else."""
     file = folder / "asked.json"
     folder.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
-        file.write_text(json.dumps(asked, indent=1))
+    if not file.exists():  # other processes read it meanwhile
+        half = folder / f"asked.{os.getpid()}"
+        half.write_text(json.dumps(asked, indent=1))
+        os.replace(half, file)
     begun = json.loads(file.read_text())
     if changed := [f"{k}: {begun.get(k)} -> {v}" for k, v in asked.items() if begun.get(k) != v]:
         raise ValueError(f"{folder} was begun otherwise: {'; '.join(changed)}. Give another --out")
@@ -159,8 +161,12 @@ def main(
 
     rank, world, local = (int(os.environ.get(key, n)) for key, n in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
-    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    found, assistant, files = find_source(source, samples), load(model, device), []
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+    found, files = find_source(source, samples), []
+    if next(chunks(replace(found, samples=1), seed), None) is None:  # before anything is begun
+        raise ValueError(f"{source} has no records")
+    assistant = load(model)
     asked = {"source": source, "samples": samples, "seed": seed, "prompt": prompt}
     asked |= {"model": model.resolve().name, "weights": digest(model)}
     asked |= {"max_new_tokens": max_new_tokens}
