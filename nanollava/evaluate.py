@@ -145,9 +145,7 @@ def evaluate(assistant: Any, run: str | Path, only: Sequence[str] = (), limit: i
     unknown = set(only) - set(recipe.tasks)
     if unknown:
         raise ValueError(f"unknown tasks {sorted(unknown)}; this recipe has {list(recipe.tasks)}")
-    with (run / "model.safetensors").open("rb") as weights:
-        digest = hashlib.file_digest(weights, "sha256").hexdigest()[:12]
-    done, rows = read_results(run), []
+    digest, done, rows = weights_digest(run), read_results(run), []
     for setting, changes in (recipe.settings or {"recipe": {}}).items():
         visual = with_visual(recipe, changes).visual
         for name, task in tasks.items():
@@ -160,17 +158,36 @@ def evaluate(assistant: Any, run: str | Path, only: Sequence[str] = (), limit: i
                 if row is None:
                     continue
                 row = {**key, **row}
-                with (run / "results.jsonl").open("a") as out:
-                    out.write(json.dumps(row) + "\n")
+                add_line(run / "results.jsonl", row)
             rows.append(row)
     return rows
 
 
+def weights_digest(folder: Path) -> str:
+    """Tells the weights of a folder apart, in one file or in several."""
+    found = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as weights:
+            hashlib.file_digest(weights, lambda: found)
+    return found.hexdigest()[:12]
+
+
 def read_results(run: Path) -> list[dict]:
-    """The rows of results.jsonl; the half line of a process that was killed is left out."""
-    file = run / "results.jsonl"
+    """The rows of a run's results.jsonl."""
+    return read_lines(run / "results.jsonl")
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The rows of a .jsonl file; the half line of a process that was killed is left out."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def add_line(file: Path, row: dict) -> None:
+    """Append a row, after half a line on a line of its own."""
+    torn = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
+    with file.open("a") as out:
+        out.write("\n" * torn + json.dumps(row) + "\n")
 
 
 def save_sample(assistant: Any, run: str | Path) -> str:

@@ -1,8 +1,6 @@
 """What the notebooks do: score nano tasks at some settings, train a short stage 2."""
 
-import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +15,10 @@ from nanollava.generate import Assistant
 from nanollava.recipe import read_recipe, with_visual, write_recipe
 from nanollava.sources import tool
 
-read_rows, plan = tool("rows").read_rows, tool("plan").plan
+rows_of, plan = tool("rows"), tool("plan").plan
+read_rows, TABLES = rows_of.read_rows, rows_of.TABLES
 
 ROOT = Path(__file__).parent.parent
-TABLES = json.loads(Path(__file__).with_name("blog.json").read_text())["tables"]
 SHIPPED = ROOT / "demo" / "nano"
 QUICK = "NANOLLAVA_QUICK" in os.environ  # as the tests run: fewer questions and steps, same cells
 RUNS = Path(os.environ.get("NANOLLAVA_RUNS", "../runs/notebooks"))  # from the notebooks' folder
@@ -87,12 +85,9 @@ def hours(name: str, *overrides: str) -> list[dict]:
     rows = []
     found = list(read_rows(ROOT / f"recipes/ablations/{name}.yaml", "full").items())
     for title, row in tqdm(found[: 2 if QUICK else None], name):
-        table = TABLES[row.table]
-        printed = dict(zip(table["factors"], table["rows"][row.blog]))["training_time"]
-        told = re.match(r"(\d+)h(\d*)", printed.lower())
         stage = plan(read_recipe(row.base, [*row.keys, *overrides]))["stage2"]
         rows.append({"row": title, "packed": stage["hours"],
                      "padded": stage["hours"] * (1 + stage["padding"]),
-                     "blog": int(told[1]) + int(told[2] or 0) / 60})  # fmt: skip
+                     "blog": rows_of.clock(rows_of.printed(row)["training_time"])})  # fmt: skip
     return [{"row": r["row"], **{k: r[k] / rows[0][k] for k in ("packed", "padded", "blog")}}
             for r in rows]  # fmt: skip

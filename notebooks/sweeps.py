@@ -1,9 +1,9 @@
 """The nano sweeps in recipes/ablations/results/, as tables and figures for lessons.
 
-sweeps.scores("grids")     # rows for plots.bars, with 95% t intervals over seeds
-sweeps.claims("grids")     # the blog's sentences, what was measured, the verdicts
+    sweeps.scores("grids")     # rows for plots.bars, with 95% t intervals over seeds
+    sweeps.claims("grids")     # the blog's sentences, what was measured, the verdicts
 
-python notebooks/sweeps.py notebooks/figures/frontier.png      # the README's figure
+The README's figure: python notebooks/sweeps.py notebooks/figures/frontier.png
 """
 
 import re
@@ -20,19 +20,15 @@ from pandas.io.formats.style import Styler
 from nanollava.recipe import read_recipe
 from nanollava.sources import import_file, tool
 
-ablate, verdicts, plan = tool("ablate"), tool("verdicts"), tool("plan").plan
-read_rows = tool("rows").read_rows
+rows_of, verdicts, plan = tool("rows"), tool("verdicts"), tool("plan").plan
+read_rows, T4 = rows_of.read_rows, rows_of.TABLES["T4"]
 ABLATIONS = Path(__file__).parent.parent / "recipes" / "ablations"
 results = import_file(str(ABLATIONS.parent / "results.py"))
 
 
 def lines(name: str) -> dict[str, list[dict]]:
     """Row of an ablation -> its measurements, one for each seed."""
-    file = ABLATIONS / f"{name}.yaml"
-    found = verdicts.latest(ablate.read_lines(results.results(file)))
-    rows = {row: [x for (other, _), x in sorted(found.items()) if other == row]
-            for row in read_rows(file)}  # fmt: skip
-    return {row: measured for row, measured in rows.items() if measured}
+    return results.measured(ABLATIONS / f"{name}.yaml")
 
 
 def values(measured: Sequence[dict], metric: str | Sequence[str]) -> list[float]:
@@ -41,18 +37,21 @@ def values(measured: Sequence[dict], metric: str | Sequence[str]) -> list[float]
     return [float(np.mean([verdicts.value(x, name) for name in names])) for x in measured]
 
 
+def spread(measured: Sequence[dict], metric: str | Sequence[str]) -> dict:
+    """Mean over seeds and its 95% t interval, within what a score can be."""
+    mean, low, high, _ = verdicts.interval(values(measured, metric))
+    low, high = max(0.0, low), min(1.0, high)
+    return {"score": mean, "low": low, "high": high, "seeds": len(measured)}
+
+
 def scores(name: str, tasks: Sequence[str] = (), rows: Sequence[str] = ()) -> list[dict]:
     """Rows for `plots.bars` and `plots.beside`: mean over seeds and its 95% t interval."""
-    out = []
-    for row, measured in lines(name).items():
-        for task in tasks or measured[0]["tasks"]:
-            if not rows or row in rows:
-                mean, low, high, _ = verdicts.interval(values(measured, task))
-                low, high = max(0.0, low), min(1.0, high)
-                chance = measured[0]["tasks"][task]["chance"]
-                out.append({"setting": row, "task": task, "score": mean, "low": low, "high": high,
-                            "chance": chance, "seeds": len(measured)})  # fmt: skip
-    return out
+    return [
+        {"setting": row, "task": task, "chance": measured[0]["tasks"][task]["chance"],
+         **spread(measured, task)}
+        for row, measured in lines(name).items() if not rows or row in rows
+        for task in tasks or measured[0]["tasks"]
+    ]  # fmt: skip
 
 
 def work(name: str) -> list[dict]:
@@ -71,13 +70,8 @@ def work(name: str) -> list[dict]:
 
 def averages(name: str, rows: Sequence[str] = ()) -> list[dict]:
     """Rows for `plots.beside`: the mean of all tasks, over seeds, and its 95% t interval."""
-    out = []
-    for row, measured in lines(name).items():
-        if not rows or row in rows:
-            mean, low, high, _ = verdicts.interval(values(measured, [*measured[0]["tasks"]]))
-            out.append({"setting": row, "score": mean, "low": max(0.0, low), "high": min(1.0, high),
-                        "seeds": len(measured)})  # fmt: skip
-    return out
+    return [{"setting": row, **spread(measured, [*measured[0]["tasks"]])}
+            for row, measured in lines(name).items() if not rows or row in rows]  # fmt: skip
 
 
 def table(name: str, tasks: Sequence[str] = ()) -> Styler:
@@ -86,11 +80,8 @@ def table(name: str, tasks: Sequence[str] = ()) -> Styler:
     for row, measured in lines(name).items():
         names = tasks or measured[0]["tasks"]
         cells = {t.removeprefix("nano-"): results.spread(values(measured, t)) for t in names}
-        tokens = np.mean([x["tokens"] for x in measured[0]["tasks"].values()])
-        seconds = [s for x in measured if (s := [*x["cpu_seconds"].values()][-1])]
-        cost = round(float(np.mean(seconds))) if seconds else "-"
-        shown.append({"row": row, "seeds": len(measured), **cells, "tokens": round(tokens),
-                      "CPU-s": cost})  # fmt: skip
+        cells |= {"tokens": results.tokens(measured), "CPU-s": results.seconds(measured)}
+        shown.append({"row": row, "seeds": len(measured), **cells})
     told = f"{name}: nano scores in %" if shown else f"{name}: not measured yet"
     return pd.DataFrame(shown).style.hide(axis="index").set_caption(told)
 
@@ -99,7 +90,7 @@ def claims(name: str) -> Styler:
     """The blog's sentences about an ablation, what nano measured, and the verdicts."""
     shown = []
     for v in results.judged(ABLATIONS / f"{name}.yaml"):
-        unit = 1 if {*v.claim.metric} & {"loss", "train", "infer"} else 100
+        unit = v.claim.unit
         found = f"{unit * v.mean:.2g} [{unit * v.low:.2g}, {unit * v.high:.2g}]"
         found, word = (found, v.word) if v.seeds else ("-", "not run yet")
         shown.append({"claim": v.claim.name, "the blog": v.claim.says, "measured": found,
@@ -143,7 +134,7 @@ def frontier(
         axes[1].plot(seconds, score, **style)
     blog = [dict(zip([*T4["factors"], *T4["metrics"]], row)) for row in T4["rows"]]
     for (grid, rows), mark in zip(by(blog, "max_grids").items(), "s^Dv"):
-        hours = [clock(row["training_time"]) for row in rows]
+        hours = [rows_of.clock(row["training_time"]) for row in rows]
         score = [np.mean([row[key] for key in ("docvqa", "chartqa", "infovqa")]) for row in rows]
         axes[2].plot(hours, score, mark + "-", mfc="white", color=plots.INK, label=f"blog, {grid}")
     axes[0].set(xlabel="visual tokens a question", ylabel="reading, %", title="nano: tokens")
@@ -178,7 +169,7 @@ def figure_2(metric: Sequence[str] = ALL) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.9))
     for name, (ablation, rows, style, colour) in FIGURE_2.items():
         known, found = read_rows(ABLATIONS / f"{ablation}.yaml"), lines(ablation)
-        blog = [printed(known[row])["avg"] for row in rows]
+        blog = [rows_of.printed(known[row])["avg"] for row in rows]
         axes[0].plot([*map(amount, rows)], blog, style, mfc="white", color=colour, label=name)
         done = [row for row in rows if row in found]
         each = [verdicts.interval(values(found[row], metric)) for row in done]
@@ -187,7 +178,7 @@ def figure_2(metric: Sequence[str] = ALL) -> None:
         axes[1].errorbar([*map(amount, done)], mean, bars, fmt=style, color=colour, capsize=3)
     if base := lines("stage1_5_data").get("none"):
         axes[1].axhline(100 * np.mean(values(base, metric)), color=plots.INK, lw=0.8, ls="-.")
-    baseline = printed(read_rows(ABLATIONS / "stage1_5_data.yaml")["none"])["avg"]
+    baseline = rows_of.printed(read_rows(ABLATIONS / "stage1_5_data.yaml")["none"])["avg"]
     axes[0].axhline(baseline, color=plots.INK, lw=0.8, ls="-.", label="no stage 1.5 (T12)")
     measured = lines("stage1_data") or lines("stage1_5_data")
     for axis, title in zip(axes, ("blog (T11, T12)", "nano" if measured else "nano: not run yet")):
@@ -197,19 +188,10 @@ def figure_2(metric: Sequence[str] = ALL) -> None:
     figure.tight_layout()
 
 
-def printed(row) -> dict:
-    """What the blog prints in the row of its table that an ablation's row stands for."""
-    keys = plots.BLOG["tables"][row.table]
-    return dict(zip([*keys["factors"], *keys["metrics"]], keys["rows"][row.blog]))
-
-
 def amount(name: str) -> float:
     """'BLIP558K' -> 558000.0, 'Web 0.6M, random' -> 600000.0: the samples in a row's name."""
     number, unit = re.search(r"(\d[\d.]*)([KM])", name).groups()
     return float(number) * {"K": 1e3, "M": 1e6}[unit]
-
-
-T4 = plots.BLOG["tables"]["T4"]
 
 
 def by(rows: Sequence[dict], key: str) -> dict[str, list[dict]]:
@@ -218,12 +200,6 @@ def by(rows: Sequence[dict], key: str) -> dict[str, list[dict]]:
     for row in rows:
         out.setdefault(row[key], []).append(row)
     return out
-
-
-def clock(text: str) -> float:
-    """'6H30M', '11H14M' -> hours."""
-    hours, _, minutes = text.lower().removesuffix("in").removesuffix("m").partition("h")
-    return int(hours) + int(minutes or 0) / 60
 
 
 if __name__ == "__main__":

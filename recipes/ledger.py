@@ -4,16 +4,14 @@ differs from the blog or from its released code, read off the recipe's resolved 
     python recipes/ledger.py        # writes recipes/LEDGER.md
 """
 
-import json
 from pathlib import Path
-
-import yaml
 
 from nanollava.recipe import Recipe, read_recipe, used_sources
 from nanollava.sources import tool
 
 HERE = Path(__file__).parent
-TABLES = json.loads((HERE.parent / "notebooks/blog.json").read_text())["tables"]
+rows_of = tool("rows")
+TABLES = rows_of.TABLES
 QWEN = ("0.5b", "1.8b", "4b", "7b", "14b", "32b", "72b", "110b")
 FILES = {  # rows that are recipes of their own
     "T1": [f"blog/qwen_{size}.yaml" for size in QWEN],
@@ -78,7 +76,7 @@ def rows() -> dict[tuple[str, int], tuple[str, str, str]]:
         for i, file in enumerate(files):
             found[table, i] = (Path(file).stem, command(file, []), told(read_recipe(HERE / file)))
     for file in sorted((HERE / "ablations").glob("*.yaml")):
-        for name, row in tool("rows").read_rows(file, "full").items():
+        for name, row in rows_of.read_rows(file, "full").items():
             keys, place = list(row.keys), f"{row.table}_{row.blog}"
             recipe = read_recipe(row.base, keys)
             if row.blog is None:
@@ -104,9 +102,9 @@ def ledger() -> str:
     """The page."""
     found, remarks = rows(), dict(REMARKS)
     for file in (HERE / "ablations").glob("*.yaml"):
-        tree = yaml.safe_load(file.read_text())
-        if "note" in tree:
-            remarks[tree["blog"]] = tree["note"]
+        tree = rows_of.read_ablation(file)
+        if tree.note:
+            remarks[tree.blog] = tree.note
     lines = [
         "# The faithfulness ledger",
         "",

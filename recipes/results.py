@@ -1,26 +1,23 @@
 """The page of the nano ablations: every row's scores beside the blog's, and every claim's verdict.
 
-python recipes/results.py        # writes recipes/RESULTS.md from recipes/ablations/results/
+    python recipes/results.py        # writes recipes/RESULTS.md
+
+It is read off the lines in recipes/ablations/results/.
 """
 
-import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+from nanollava.evaluate import read_lines
 from nanollava.sources import tool
 
 HERE = Path(__file__).parent
-TABLES = json.loads((HERE.parent / "notebooks/blog.json").read_text())["tables"]
 STANDS_FOR = {
     "nano-doc": "docvqa", "nano-info": "infovqa", "nano-chart": "chartqa", "nano-presence": "pope",
     "nano-choice": "scienceqa_img", "CPU-s": "training_time",
 }  # fmt: skip
-verdicts, ablate, rows_of = tool("verdicts"), tool("ablate"), tool("rows")
-
-
-def files() -> list[Path]:
-    """The ablations of which something is measured."""
-    return [f for f in sorted((HERE / "ablations").glob("*.yaml")) if ablate.read_lines(results(f))]
+verdicts, rows_of = tool("verdicts"), tool("rows")
 
 
 def results(file: Path) -> Path:
@@ -28,21 +25,30 @@ def results(file: Path) -> Path:
     return file.parent / "results" / f"{file.stem}.jsonl"
 
 
+def files() -> list[Path]:
+    """The ablations of which something is measured."""
+    return [f for f in sorted((HERE / "ablations").glob("*.yaml")) if read_lines(results(f))]
+
+
 def judged(file: Path) -> list:
     """The verdicts of an ablation's claims, with Holm's p over them."""
-    lines = ablate.read_lines(results(file))
+    lines = read_lines(results(file))
     return verdicts.judge([verdicts.measure(c, lines) for c in verdicts.read_claims(file)])
+
+
+def measured(file: Path) -> dict[str, list[dict]]:
+    """Row of an ablation -> its measurements, one for each seed; without those of none."""
+    lines = verdicts.latest(read_lines(results(file)))
+    rows = {row: [x for (other, _), x in sorted(lines.items()) if other == row]
+            for row in rows_of.read_rows(file)}  # fmt: skip
+    return {row: found for row, found in rows.items() if found}
 
 
 def printed(row, task: str) -> str:
     """What the blog prints for a row in the benchmark that a nano task stands for."""
-    if row.blog is None or row.table not in TABLES:
-        return ""
-    table = TABLES[row.table]
-    names, values = [*table["factors"], *table["metrics"]], table["rows"][row.blog]
-    key = STANDS_FOR.get(task, "")
-    key = key if key in names else key.removesuffix("_img")
-    return f" ({values[names.index(key)]})" if key in names else ""
+    known, key = rows_of.printed(row), STANDS_FOR.get(task, "")
+    key = key if key in known else key.removesuffix("_img")
+    return f" ({known[key]})" if key in known else ""
 
 
 def spread(values: list[float]) -> str:
@@ -51,28 +57,35 @@ def spread(values: list[float]) -> str:
     return f"{100 * mean:.1f}" + (f" ±{50 * (high - low):.1f}" if len(values) > 1 else "")
 
 
+def tokens(found: Sequence[dict]) -> str:
+    """Visual tokens a question, over all tasks."""
+    each = [task["tokens"] for task in found[0]["tasks"].values()]
+    return f"{sum(each) / len(each):.0f}"
+
+
+def seconds(found: Sequence[dict]) -> str:
+    """Mean CPU seconds of the last stage, where one was trained in one go."""
+    each = [s for line in found if (s := verdicts.seconds(line))]
+    return f"{sum(each) / len(each):.0f}" if each else "-"
+
+
 def table(file: Path) -> list[str]:
     """An ablation's rows: scores, visual tokens a question, CPU seconds of the last stage."""
-    lines = verdicts.latest(ablate.read_lines(results(file)))
-    tasks = [*next(iter(lines.values()))["tasks"]]
+    rows, known = measured(file), rows_of.read_rows(file)
+    tasks = [*next(iter(rows.values()))[0]["tasks"]]
     out = ["| row | seeds | " + " | ".join(tasks) + " | tokens | CPU-s |",
            "|---" * (len(tasks) + 4) + "|"]  # fmt: skip
-    for name, row in rows_of.read_rows(file).items():
-        mine = [line for (other, _), line in sorted(lines.items()) if other == name]
-        if not mine:
-            continue
-        cells = [spread([m["tasks"][t]["score"] for m in mine]) + printed(row, t) for t in tasks]
-        tokens = sum(mine[0]["tasks"][t]["tokens"] for t in tasks) / len(tasks)
-        seconds = [s for m in mine if (s := [*m["cpu_seconds"].values()][-1])]
-        mean = f"{sum(seconds) / len(seconds):.0f}" if seconds else "-"
-        mean += printed(row, "CPU-s")
-        out.append(f"| {name} | {len(mine)} | {' | '.join(cells)} | {tokens:.0f} | {mean} |")
+    for name, mine in rows.items():
+        row = known[name]
+        cells = [spread([verdicts.value(m, t) for m in mine]) + printed(row, t) for t in tasks]
+        cells += [tokens(mine), seconds(mine) + printed(row, "CPU-s")]
+        out.append(f"| {name} | {len(mine)} | {' | '.join(cells)} |")
     return out
 
 
 def told(v) -> str:
     """A claim's line."""
-    unit = 1 if {*v.claim.metric} & {"loss", "train", "infer"} else 100
+    unit = v.claim.unit
     low, high = (f"{unit * x:.3g}" for x in (v.low, v.high))
     asked = "-" if v.questions[0] != v.questions[0] else "{:.3g} to {:.3g}".format(
         *(unit * x for x in v.questions))  # fmt: skip
@@ -104,35 +117,34 @@ HEAD = ("claim", "the blog", "difference [95% over seeds]", "over questions", "s
         "verdict")  # fmt: skip
 
 
-def section(file: Path) -> list[str]:
-    """An ablation: what it is, its command, its rows, its claims."""
+def section(file: Path, found: list) -> list[str]:
+    """An ablation: what it is, its command, its rows, its verdicts."""
     about = []
     for line in file.read_text().splitlines():
         if not line.startswith("#"):
             break
         about.append(line.removeprefix("# "))
     command = f"`python -m nanollava ablate recipes/ablations/{file.name}`"
-    claims = [told(v) for v in judged(file)]
+    claims = [told(v) for v in found]
     claims = ["", f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|", *claims] if claims else []
     return ["", f"## {file.stem}", "", *about, "", command, "", *table(file), *claims]
 
 
 def page() -> str:
     """All of it."""
-    trained: dict[tuple, float] = {}
-    for line in (line for file in files() for line in ablate.read_lines(results(file))):
-        trained[line["run"]] = [*line["cpu_seconds"].values()][-1] or 0
+    found = {file: judged(file) for file in files()}
+    trained = {line["run"]: verdicts.seconds(line) or 0
+               for file in found for line in read_lines(results(file))}  # fmt: skip
     hours = sum(trained.values()) / 3600
-    told = f"{len(trained)} last stages were trained in {hours:.1f} CPU hours. {summary()}"
-    sections = [line for file in files() for line in section(file)]
+    counts = summary([v for each in found.values() for v in each])
+    told = f"{len(trained)} last stages were trained in {hours:.1f} CPU hours. {counts}"
+    sections = [line for file, each in found.items() for line in section(file, each)]
     return "\n".join([OPENING, told, *sections]) + "\n"
 
 
-def summary() -> str:
+def summary(found: list) -> str:
     """How many claims have which verdict."""
-    words = Counter(
-        v.word if len(v.seeds) >= verdicts.LEAST else "" for file in files() for v in judged(file)
-    )
+    words = Counter(v.word if len(v.seeds) >= verdicts.LEAST else "" for v in found)
     waits = f"; {words['']} wait for more seeds" if words[""] else ""
     return ", ".join(f"{word}: {words[word]}" for word in verdicts.WORDS) + waits + "."
 

@@ -15,7 +15,7 @@ from launching import ROOT, command, write_recipe
 from safetensors.torch import load_file
 
 from nanollava.anyres import layout
-from nanollava.evaluate import digits
+from nanollava.evaluate import digits, read_lines
 from nanollava.metrics import f1
 from nanollava.recipe import read_recipe
 from nanollava.sources import import_file, tool
@@ -230,7 +230,7 @@ rows:
 
 
 def lines_of(folder) -> dict:
-    return {x["row"]: x for x in ablate.read_lines(folder / "results/rows.jsonl")}
+    return {x["row"]: x for x in read_lines(folder / "results/rows.jsonl")}
 
 
 def test_a_sweep_measures_each_row_and_goes_on_where_it_was(swept):
@@ -371,7 +371,7 @@ def test_the_page_of_results_is_that_of_the_lines():
 def test_measured_lines_are_whole_and_of_reporting_seeds():
     for file in results.files():
         read = rows.read_rows(file)
-        for x in ablate.read_lines(results.results(file)):
+        for x in read_lines(results.results(file)):
             assert x["row"] in read and x["seed"] < ablate.TUNING and "dirty" not in x["commit"]
             for task in x["tasks"].values():
                 total = verdicts.METRICS[task["metric"]][1]

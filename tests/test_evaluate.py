@@ -1,5 +1,6 @@
 """Evaluation: what is not done twice, what is, and what cannot be read."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -9,7 +10,16 @@ import torch
 from launching import ROOT
 
 from nanollava.anyres import Visual
-from nanollava.evaluate import chance, evaluate, interval, questions, read_results
+from nanollava.evaluate import (
+    add_line,
+    chance,
+    evaluate,
+    interval,
+    questions,
+    read_lines,
+    read_results,
+    weights_digest,
+)
 from nanollava.generate import Assistant
 from nanollava.model import VLM, save
 from nanollava.recipe import Task
@@ -117,3 +127,19 @@ def test_chance_is_what_shuffled_answers_score():
     """Four equally frequent letters: one in four; one answer to everything: always right."""
     assert abs(chance(list("ABCD") * 100, "exact") - 0.25) < 0.03
     assert chance(["yes"] * 5, "exact") == 1.0
+
+
+def test_a_line_after_half_a_line_is_whole(tmp_path):
+    file = tmp_path / "results.jsonl"
+    add_line(file, {"task": "a"})
+    file.write_text(file.read_text() + '{"task": "b", "sc')  # killed here
+    add_line(file, {"task": "c"})
+    assert read_lines(file) == [{"task": "a"}, {"task": "c"}]
+
+
+def test_weights_are_told_apart_in_one_file_or_several(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"one")
+    one = weights_digest(tmp_path)
+    assert one == hashlib.sha256(b"one").hexdigest()[:12]
+    (tmp_path / "b.safetensors").write_bytes(b"two")
+    assert weights_digest(tmp_path) == hashlib.sha256(b"onetwo").hexdigest()[:12]

@@ -73,8 +73,9 @@ ROWS = {  # task: (split, row i, the question as the model is asked it, a right 
 
 
 @pytest.fixture
-def local(monkeypatch):
-    """Datasets of the hub as two rows each."""
+def local(monkeypatch, tmp_path):
+    """Datasets of the hub as two rows each; some tasks write a report to where one is."""
+    monkeypatch.chdir(tmp_path)
 
     def give(task):
         split, row, *_ = ROWS[task]

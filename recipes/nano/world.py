@@ -271,10 +271,8 @@ def _web(name: str, wrong: float) -> Callable:
                 turn = (ask(rng, "brief"), short_caption(rng, told))
                 yield _record(id_, png(page), [turn])
             else:
-                text = "\n".join(pages.visible(told, pages.crop(rng, told)))
-                window = pages.crop(rng, page)
-                if told is page:
-                    text = "\n".join(pages.visible(page, window))
+                other, window = pages.crop(rng, told), pages.crop(rng, page)
+                text = "\n".join(pages.visible(told, window if told is page else other))
                 yield _record(id_, png(page, window), [(ask(rng, "transcribe"), text)])
 
     source.__doc__ = f"Web pictures and texts, {wrong:.0%} of the texts another picture's."

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from nanollava.anyres import Visual, parse_budget
 from nanollava.encoder import ENCODERS
+from nanollava.evaluate import add_line, evaluate, read_lines
 from nanollava.recipe import Recipe, read_recipe, run_keys, used_sources
 from nanollava.sources import call, tool
 
@@ -111,7 +113,6 @@ class Asked:
 
 def measure(recipe: Recipe, asked: Asked) -> dict[str, Any]:
     """Score a trained recipe; its losses, its cost and its tasks' scores."""
-    from nanollava.evaluate import evaluate
     from nanollava.generate import load
     from nanollava.runs import read_losses
 
@@ -172,7 +173,7 @@ def plan_tasks(file: Path, scale: str, seeds: range, only: list[str], done: set)
     return tasks
 
 
-def run_tasks(tasks: dict[str, Task], workers: int):
+def run_tasks(tasks: dict[str, Task], workers: int) -> Iterator[tuple[Task, list[dict]]]:
     """Yield (task, its measurements) as they are done, `workers` at a time; 0: here, in order."""
     args = {run: (t.recipe, t.before, t.asked) for run, t in tasks.items()}
     if not workers:
@@ -203,24 +204,11 @@ def result(future: Future, waiting: dict) -> list[dict]:
         raise
 
 
-def costs(task: Task) -> dict[str, float | None]:
+def costs(tasks: dict[str, Task], task: Task) -> dict[str, float | None]:
     """CPU seconds of each stage, where it was trained in one go."""
-    found = {}
-    for rung in ladder(task.recipe, Path(task.recipe.run).parent):
-        file = Path(rung.run) / "cost.json"
-        found[[*rung.stages][-1]] = json.loads(file.read_text())["cpu_seconds"]
-    return found
-
-
-def read_lines(file: Path) -> list[dict]:
-    """The results that were measured so far; the half line of a sweep that was killed is no one."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
-
-
-def torn(file: Path) -> bool:
-    """Whether a file ends in half a line."""
-    return file.exists() and file.stat().st_size > 0 and not file.read_bytes().endswith(b"\n")
+    found = costs(tasks, tasks[task.before]) if task.before else {}
+    cost = json.loads(Path(task.recipe.run, "cost.json").read_text())
+    return found | {[*task.recipe.stages][-1]: cost["cpu_seconds"]}
 
 
 def commit() -> str:
@@ -256,9 +244,7 @@ def main(
         for asked, found in zip(task.asked, measured, strict=True):
             line = {"row": asked.row, "seed": asked.seed, "key": asked.key, "commit": at}
             line |= {"date": f"{today}", "run": Path(task.recipe.run).name}
-            line |= {"cpu_seconds": costs(task), **found}
-            with out.open("a") as lines:
-                lines.write("\n" * torn(out) + json.dumps(line) + "\n")
+            add_line(out, line | {"cpu_seconds": costs(tasks, task), **found})
             told = ", ".join(f"{k} {v['score']:.3f}" for k, v in found["tasks"].items())
             bar.write(f"{asked.row}, seed {asked.seed}: {told}", file=sys.stdout)
     bar.close()

@@ -9,20 +9,19 @@ was stopped, on any number of processes. A caption that is empty, cut off or rep
 out, like an image that cannot be read: counted, and named beside the chunk.
 """
 
-import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from nanollava.evaluate import Answer, answer_all
+from nanollava.evaluate import Answer, answer_all, weights_digest
 from nanollava.prompts import PLACEHOLDER, Turn
 from nanollava.recipe import Source, read_recipe
 from nanollava.sources import images_of, records
@@ -140,13 +139,6 @@ def chunks(source: Source, seed: int) -> Iterator[tuple[int, list[dict]]]:
         yield k, [record | {"id": str(record["id"])} for record in some]
 
 
-def digest(model: Path) -> str:
-    """Tells weights apart."""
-    files = sorted(model.glob("*.safetensors"))
-    found = [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files]
-    return hashlib.sha256("".join(found).encode()).hexdigest()[:12]
-
-
 def main(
     source: Annotated[str, typer.Argument(help="KIND:WHERE, FILE.py:NAME or a name")],
     model: Annotated[Path, typer.Option(help="a run or a LlavaOnevision folder")],
@@ -164,17 +156,18 @@ def main(
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
     found, files = find_source(source, samples), []
-    if next(chunks(replace(found, samples=1), seed), None) is None:  # before anything is begun
+    todo = chunks(found, seed)
+    if not (first := next(todo, None)):  # before anything is begun
         raise ValueError(f"{source} has no records")
     assistant = load(model)
     asked = {"source": source, "samples": samples, "seed": seed, "prompt": prompt}
-    asked |= {"model": model.resolve().name, "weights": digest(model)}
+    asked |= {"model": model.resolve().name, "weights": weights_digest(model)}
     asked |= {"max_new_tokens": max_new_tokens}
     settle(out, asked)
-    for k, some in chunks(found, seed):
+    for k, some in chain([first], todo):
         files.append(out / f"{k:05}.json")
         if k % world == rank and not files[-1].exists():
             write(out, k, *describe(assistant, some, prompt, max_new_tokens, f"chunk {k}"))
-    if files and all(file.exists() for file in files):  # the last process to end finds them all
+    if all(file.exists() for file in files):  # the last process to end finds them all
         (out / "README.md").write_text(card(out, asked, found))
         typer.echo(f"captions and their card are in {out}")

@@ -11,6 +11,7 @@ that role, `KEY*=0.5` half of the base's value. `infer` changes visual keys afte
 Claims: see verdicts.py.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
@@ -21,6 +22,8 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanollava.recipe import Recipe, absolute_paths, read_recipe, with_visual
+
+TABLES = json.loads((Path(__file__).parents[2] / "notebooks/blog.json").read_text())["tables"]
 
 
 @dataclass
@@ -108,6 +111,20 @@ def read_rows(file: Path, scale: str = "nano") -> dict[str, Row]:
             raise ValueError(f"{file}: row {name}: {error}") from error
         found[name] = Row(keys, base, row.infer, row.blog, row.table or tree.blog, row.missing)
     return found
+
+
+def printed(row: Row) -> dict[str, Any]:
+    """What the blog prints in the row of its table that this one stands for, by column."""
+    if row.blog is None:
+        return {}
+    table = TABLES[row.table]
+    return dict(zip([*table["factors"], *table["metrics"]], table["rows"][row.blog], strict=True))
+
+
+def clock(text: str) -> float:
+    """The blog's times in hours: "6H30M", "11H14M", "7h30min"."""
+    hours, _, minutes = text.lower().partition("h")
+    return int(hours) + int(minutes.rstrip("min") or 0) / 60
 
 
 def local(key: str, folder: Path) -> str:

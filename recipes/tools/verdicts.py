@@ -7,7 +7,7 @@
         metric: nano-info       # a task, several (their mean), loss; train, infer: log of seconds
         contrast: {"6x6, (4+1)T": 1, "2x2, (4+1)T": -1}  # rows and weights; above 0 if it holds
         margin: 0.02            # the smallest difference that matters
-        equal: false                  # true: it holds if the difference stays within the margin
+        equal: false            # true: it holds if the difference stays within the margin
 
 A claim's contrast is taken within each seed. Evidence is the paired t over seeds: a percentile
 bootstrap over as few is too narrow. A bootstrap over the questions stands beside it: what other
@@ -15,7 +15,7 @@ questions might have said about these same models. Over the claims of a table, p
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log, nan
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from nanollava.sources import tool
 
 rows_of = tool("rows")
 SAME, OPPOSITE, OPEN = WORDS = ("same direction", "opposite", "not resolved")
-
+UNSCORED = {"loss", "train", "infer"}  # metrics that are no scores in 0..1
 LEAST = 3  # seeds of a verdict
 
 
@@ -43,6 +43,11 @@ class Claim:
     contrast: dict[str, float]
     margin: float
     equal: bool = False
+
+    @property
+    def unit(self) -> int:
+        """What its differences are told in: points, but for those that are no scores."""
+        return 1 if UNSCORED & {*self.metric} else 100
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,17 @@ def latest(lines: Sequence[dict]) -> dict[tuple[str, int], dict]:
     return {(line["row"], line["seed"]): line for line in lines}
 
 
+def seconds(line: dict) -> float | None:
+    """A measurement's CPU seconds of the last stage: the others may be shared."""
+    return [*line["cpu_seconds"].values()][-1]
+
+
 def value(line: dict, metric: str) -> float:
     """A measurement's score in a task, its last tenth of losses, or its log of CPU seconds."""
     if metric == "loss":
         return float(np.mean(line["losses"][-max(1, len(line["losses"]) // 10) :]))
-    if metric == "train":  # of the last stage: the others may be shared
-        seconds = [*line["cpu_seconds"].values()][-1]
-        return log(seconds) if seconds else nan
+    if metric == "train":
+        return log(seconds(line)) if seconds(line) else nan
     if metric == "infer":
         return log(sum(task["cpu_seconds"] for task in line["tasks"].values()))
     return line["tasks"][metric]["score"]
@@ -107,12 +116,12 @@ def interval(values: Sequence[float]) -> tuple[float, float, float, float]:
 def scores(task: dict) -> np.ndarray:
     """The scores of a task's questions, [n] or, for F1, [n, 2]: said and true."""
     rows = np.array([DIGITS.index(char) for char in task["each"]]) / 63
-    return rows.reshape(task["n"], -1).squeeze(1) if len(rows) == task["n"] else rows.reshape(-1, 2)
+    return rows if len(rows) == task["n"] else rows.reshape(-1, 2)
 
 
 def questions(lines: dict, claim: Claim, seeds: Sequence[int]) -> tuple[float, float]:
     """95% percentile bootstrap over questions of the contrast's mean over these seeds."""
-    if not {*claim.metric}.isdisjoint({"loss", "train", "infer"}) or not seeds:
+    if UNSCORED & {*claim.metric} or not seeds:
         return nan, nan
     rng, totals = np.random.default_rng(0), np.zeros(500)
     for seed in seeds:
@@ -153,8 +162,8 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def word(v: Verdict, p: float) -> str:
-    """Same direction, opposite or not resolved; `p` is adjusted for the number of claims.
+def word(v: Verdict) -> str:
+    """Same direction, opposite or not resolved; its p is adjusted for the number of claims.
 
     No verdict on fewer than LEAST seeds. A claim of equality holds where the interval is within the
     margin, and is contradicted where it is outside. Any other holds where the difference is not 0
@@ -166,17 +175,13 @@ def word(v: Verdict, p: float) -> str:
     if v.claim.equal:
         inside, outside = -margin < v.low and v.high < margin, v.low > margin or v.high < -margin
         return SAME if inside else OPPOSITE if outside else OPEN
-    if p >= 0.05 or abs(v.mean) < margin:
+    if v.p >= 0.05 or abs(v.mean) < margin:
         return OPEN
     return SAME if v.mean > 0 else OPPOSITE
 
 
 def judge(measured: Sequence[Verdict]) -> list[Verdict]:
     """All claims at once: Holm's p over those of a difference, and each one's word."""
-    tested = [i for i, v in enumerate(measured) if not v.claim.equal]
-    ps = dict(zip(tested, holm([measured[i].p for i in tested]), strict=True))
-    return [
-        Verdict(v.claim, v.seeds, v.mean, v.low, v.high, ps.get(i, v.p), v.questions,
-                word(v, ps.get(i, v.p)))
-        for i, v in enumerate(measured)
-    ]  # fmt: skip
+    adjusted = iter(holm([v.p for v in measured if not v.claim.equal]))
+    found = [v if v.claim.equal else replace(v, p=next(adjusted)) for v in measured]
+    return [replace(v, word=word(v)) for v in found]
