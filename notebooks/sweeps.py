@@ -93,7 +93,7 @@ def claims(name: str) -> Styler:
         unit = v.claim.unit
         found = f"{unit * v.mean:.2g} [{unit * v.low:.2g}, {unit * v.high:.2g}]"
         found, word = (found, v.word) if v.seeds else ("-", "not run yet")
-        shown.append({"claim": v.claim.name, "the blog": v.claim.says, "measured": found,
+        shown.append({"claim": v.claim.name, "the blog": v.claim.source, "measured": found,
                       "seeds": len(v.seeds), "verdict": word})  # fmt: skip
     left = {"text-align": "left"}
     return pd.DataFrame(shown).style.hide(axis="index").set_properties(**left)

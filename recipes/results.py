@@ -89,9 +89,12 @@ def told(v) -> str:
     low, high = (f"{unit * x:.3g}" for x in (v.low, v.high))
     asked = "-" if v.questions[0] != v.questions[0] else "{:.3g} to {:.3g}".format(
         *(unit * x for x in v.questions))  # fmt: skip
-    says = v.claim.says.replace("|", "/")
-    rule = f"within ±{unit * v.claim.margin:g}" if v.claim.equal else f"p {v.p:.2g}"
-    return (f"| {v.claim.name} | {says} ({v.claim.section}) | {unit * v.mean:.3g} [{low}, {high}]"
+    rule = {
+        "within": f"within ±{unit * v.claim.margin:g}",
+        "at_most": f"below {unit * v.claim.margin:g}",
+    }.get(v.claim.holds, f"p {v.p:.2g}")
+    name = v.claim.name + (f" (written {v.claim.late})" if v.claim.late else "")
+    return (f"| {name} | {v.claim.source} | {unit * v.mean:.3g} [{low}, {high}]"
             f" | {asked} | {len(v.seeds)} | {rule} | **{v.word}** |")  # fmt: skip
 
 
@@ -105,13 +108,15 @@ Scores in %, with half of the 95% t interval over seeds; in brackets what the bl
 benchmark that the task stands for. Tokens: visual tokens a question. CPU-s: of the last stage, on
 one thread; in brackets the blog's time.
 
-A claim is a sentence of the blog, the rows that could show it and the smallest difference that
-matters, written into the ablation's file before its runs. Differences of scores are in points,
-those of `train` and `infer` are of logarithms of CPU seconds, those of `loss` in nats. A claim
-shows in the **same direction** (or the **opposite** one) where Holm's p over the claims of its
-table is below 0.05 and the difference is as large as matters; a claim of equality where the whole
-interval is within that difference; else it is **not resolved**. "Over questions" is what other
-questions could have said about the same models.
+A claim is a sentence of the blog or what one of its tables prints, the rows that could show it and
+the smallest difference that matters, written into the ablation's file before its runs, or with what
+was known by then. Differences of scores are in points, those of `train` and `infer` are of
+logarithms of CPU seconds, those of `loss` in nats. A claim of a difference shows in the **same
+direction** (or the **opposite** one) where Holm's p over such claims of its table is below 0.05 and
+the difference is as large as matters. A claim of hardly any difference shows where the whole 95%
+interval, which is not adjusted for the number of claims, is within (or below) the margin, and is
+contradicted where the interval is outside. Else it is **not resolved**. "Over questions" is what
+other questions could have said about the same models.
 """
 HEAD = ("claim", "the blog", "difference [95% over seeds]", "over questions", "seeds", "test",
         "verdict")  # fmt: skip

@@ -311,17 +311,29 @@ def seeds(*values):
     return [line(row, s, x if row == "a" else 0.0) for s, x in enumerate(values) for row in "ab"]
 
 
-@pytest.mark.parametrize("values, equal, word", [
-    ((0.20, 0.22, 0.21, 0.19, 0.20), False, "same direction"),
-    ((-0.20, -0.22, -0.21, -0.19, -0.20), False, "opposite"),
-    ((0.20, -0.22, 0.31, -0.19, 0.20), False, "not resolved"),
-    ((0.010, 0.011, 0.010, 0.009, 0.010), False, "not resolved"),  # sure, but too small to matter
-    ((0.010, 0.011, 0.010, 0.009, 0.010), True, "same direction"),
-    ((0.20, 0.22, 0.21, 0.19, 0.20), True, "opposite"),
-    ((0.02, -0.05, 0.01, 0.04, 0.00), True, "not resolved"),
+LARGE, SMALL = (0.20, 0.22, 0.21, 0.19, 0.20), (0.010, 0.011, 0.010, 0.009, 0.010)
+
+
+def minus(values):
+    return tuple(-x for x in values)
+
+
+@pytest.mark.parametrize("holds, values, word", [
+    ("above", LARGE, "same direction"), ("above", minus(LARGE), "opposite"),
+    ("above", (0.20, -0.22, 0.31, -0.19, 0.20), "not resolved"),
+    ("above", SMALL, "not resolved"),  # sure, but too small to matter
+    ("beyond", LARGE, "same direction"), ("beyond", minus(LARGE), "same direction"),
+    ("beyond", SMALL, "opposite"), ("beyond", (0.02, -0.05, 0.01, 0.04, 0.00), "not resolved"),
+    ("within", SMALL, "same direction"), ("within", minus(SMALL), "same direction"),
+    ("within", LARGE, "opposite"), ("within", minus(LARGE), "opposite"),
+    ("within", (0.02, -0.05, 0.01, 0.04, 0.00), "not resolved"),
+    ("within", (-0.03, 0.01, 0.0, 0.01, -0.01), "not resolved"),  # too low on one side alone
+    ("within", (0.03, -0.01, 0.0, -0.01, 0.01), "not resolved"),
+    ("at_most", SMALL, "same direction"), ("at_most", minus(LARGE), "same direction"),
+    ("at_most", LARGE, "opposite"), ("at_most", (0.03, -0.01, 0.0, -0.01, 0.01), "not resolved"),
 ])  # fmt: skip
-def test_words(values, equal, word):
-    found = verdicts.measure(replace(CLAIM, equal=equal), seeds(*values))
+def test_words(holds, values, word):
+    found = verdicts.measure(replace(CLAIM, holds=holds), seeds(*values))
     assert verdicts.judge([found])[0].word == word
 
 
@@ -329,8 +341,10 @@ def test_more_claims_ask_for_more_evidence():
     weak = verdicts.measure(CLAIM, seeds(0.10, 0.14, 0.05, 0.20, 0.06))
     assert 0.005 < weak.p < 0.05 and verdicts.judge([weak])[0].word == "same direction"
     assert {v.word for v in verdicts.judge([weak] * 20)} == {"not resolved"}
-    same = replace(weak, claim=replace(CLAIM, equal=True))
-    assert verdicts.judge([weak] + [same] * 20)[0].word == "same direction", "equality has no p"
+    for holds, word in (("within", "same direction"), ("at_most", "same direction"),
+                        ("beyond", "not resolved")):  # fmt: skip
+        more = [replace(weak, claim=replace(CLAIM, holds=holds))] * 20
+        assert verdicts.judge([weak] + more)[0].word == word, "an interval is no test"
 
 
 def test_questions_are_paired_and_scores_survive_their_code():
@@ -352,10 +366,26 @@ def test_questions_are_paired_and_scores_survive_their_code():
     assert low < 1 - f1(pairs) < high
 
 
+def test_a_bootstrap_is_of_the_mean_over_metrics_and_seeds():
+    def two(row, seed, t, u):
+        tasks = {
+            n: line(row, seed, x, np.full(50, x))["tasks"]["t"] for n, x in {"t": t, "u": u}.items()
+        }
+        return line(row, seed, t) | {"tasks": tasks}
+
+    lines = [two("a", 0, 1.0, 1.0), two("b", 0, 0.0, 20 / 63), two("a", 1, 1.0, 1.0),
+             two("b", 1, 40 / 63, 60 / 63)]  # fmt: skip
+    found = verdicts.measure(replace(CLAIM, metric=("t", "u")), lines)
+    mean = (1 + 43 / 63 + 23 / 63 + 3 / 63) / 4  # all questions alike: no spread but over them
+    assert found.questions == pytest.approx((mean, mean)) and found.mean == pytest.approx(mean)
+
+
 def test_losses_and_seconds_can_be_claimed_about():
     keys = {"losses": [9.0] * 18 + [1.0, 2.0], "cpu_seconds": {"stage1": 5.0, "stage2": np.e}}
     one = line("a", 0, 0.5, **keys)
     assert verdicts.value(one, "loss") == 1.5 and verdicts.value(one, "train") == pytest.approx(1)
+    two = {n: {"cpu_seconds": np.e / 2} for n in "tu"}
+    assert verdicts.value(one | {"tasks": two}, "infer") == pytest.approx(1), "of all tasks"
     torn = line("b", 0, 0.5, losses=[1.0], cpu_seconds={"stage2": None})
     found = verdicts.measure(replace(CLAIM, metric=("train",)), [one, torn])
     assert found.seeds == (), "a stage that was resumed has no seconds"

@@ -48,7 +48,8 @@ class ClaimKeys:
     metric: Any = MISSING
     contrast: dict[str, float] = MISSING
     margin: float = MISSING
-    equal: bool = False
+    holds: str = "above"
+    late: str = ""
 
 
 @dataclass

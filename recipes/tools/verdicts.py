@@ -5,15 +5,17 @@
         says: "increasing #grids can enhance performance on tasks that ..."
         section: "2"
         metric: nano-info       # a task, several (their mean), loss; train, infer: log of seconds
-        contrast: {"6x6, (4+1)T": 1, "2x2, (4+1)T": -1}  # rows and weights; above 0 if it holds
+        contrast: {"6x6, (4+1)T": 1, "2x2, (4+1)T": -1}  # rows and weights
         margin: 0.02            # the smallest difference that matters
-        equal: false            # true: it holds if the difference stays within the margin
+        holds: above            # if the contrast is above 0; or at most, within, beyond the margin
+        late: ""                # what was known when it was written, if anything was
 
 A claim's contrast is taken within each seed. Evidence is the paired t over seeds: a percentile
 bootstrap over as few is too narrow. A bootstrap over the questions stands beside it: what other
 questions might have said about these same models. Over the claims of a table, p is Holm's.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import log, nan
@@ -28,6 +30,8 @@ from nanollava.sources import tool
 
 rows_of = tool("rows")
 SAME, OPPOSITE, OPEN = WORDS = ("same direction", "opposite", "not resolved")
+HOLDS = ("above", "at_most", "within", "beyond")
+TESTED = {"above", "beyond"}  # against 0, with Holm's p; the others by their interval
 UNSCORED = {"loss", "train", "infer"}  # metrics that are no scores in 0..1
 LEAST = 3  # seeds of a verdict
 
@@ -42,7 +46,14 @@ class Claim:
     metric: tuple[str, ...]
     contrast: dict[str, float]
     margin: float
-    equal: bool = False
+    holds: str = "above"
+    late: str = ""
+
+    @property
+    def source(self) -> str:
+        """A sentence of the blog in quotation marks, or a table's numbers; and where."""
+        says = self.says if re.match(r"T\d|ours:", self.says) else f'"{self.says}"'
+        return f"{says} ({self.section})".replace("|", "/")
 
     @property
     def unit(self) -> int:
@@ -76,6 +87,8 @@ def read_claims(file: Path) -> list[Claim]:
             raise ValueError(f"{file}: claim {name!r}: the weights of its contrast sum to 0")
         if not claim.margin > 0:
             raise ValueError(f"{file}: claim {name!r}: margin {claim.margin}; expected above 0")
+        if claim.holds not in HOLDS:
+            raise ValueError(f"{file}: claim {name!r}: holds {claim.holds!r}; expected {HOLDS}")
         found.append(claim)
     return found
 
@@ -165,23 +178,23 @@ def holm(ps: Sequence[float]) -> list[float]:
 def word(v: Verdict) -> str:
     """Same direction, opposite or not resolved; its p is adjusted for the number of claims.
 
-    No verdict on fewer than LEAST seeds. A claim of equality holds where the interval is within the
-    margin, and is contradicted where it is outside. Any other holds where the difference is not 0
-    by chance and as large as matters.
+    No verdict on fewer than LEAST seeds. `above` holds where the difference is not 0 by chance and
+    as large as matters, `beyond` does on either side. `at_most` and `within` hold where the whole
+    interval is below the margin, or inside both: a difference that was not found is no evidence.
     """
-    margin = v.claim.margin
-    if len(v.seeds) < LEAST:
-        return OPEN
-    if v.claim.equal:
-        inside, outside = -margin < v.low and v.high < margin, v.low > margin or v.high < -margin
-        return SAME if inside else OPPOSITE if outside else OPEN
-    if v.p >= 0.05 or abs(v.mean) < margin:
-        return OPEN
-    return SAME if v.mean > 0 else OPPOSITE
+    margin, found = v.claim.margin, v.p < 0.05 and abs(v.mean) >= v.claim.margin
+    inside = -margin < v.low and v.high < margin
+    same, opposite = {
+        "above": (found and v.mean > 0, found and v.mean < 0),
+        "beyond": (found, inside),
+        "at_most": (v.high < margin, v.low > margin),
+        "within": (inside, v.low > margin or v.high < -margin),
+    }[v.claim.holds]
+    return OPEN if len(v.seeds) < LEAST else SAME if same else OPPOSITE if opposite else OPEN
 
 
 def judge(measured: Sequence[Verdict]) -> list[Verdict]:
-    """All claims at once: Holm's p over those of a difference, and each one's word."""
-    adjusted = iter(holm([v.p for v in measured if not v.claim.equal]))
-    found = [v if v.claim.equal else replace(v, p=next(adjusted)) for v in measured]
+    """All claims at once: Holm's p over those that are tests against 0, and each one's word."""
+    adjusted = iter(holm([v.p for v in measured if v.claim.holds in TESTED]))
+    found = [replace(v, p=next(adjusted)) if v.claim.holds in TESTED else v for v in measured]
     return [replace(v, word=word(v)) for v in found]
