@@ -52,11 +52,6 @@ def function_of(path: str):
     return getattr(module, name)
 
 
-def call(path: str, *arguments: Any) -> Any:
-    """Call 'FILE.py:function', in another process too."""
-    return function_of(path)(*arguments)
-
-
 def tool(name: str) -> ModuleType:
     """A file of recipes/tools, by its name."""
     return import_file(f"{TOOLS / name}.py")

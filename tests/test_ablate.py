@@ -199,13 +199,19 @@ def slow(name: str):
 def test_a_task_waits_for_the_one_that_it_begins_with(monkeypatch):
     order = [("a", ""), ("b", "a"), ("c", ""), ("d", "b")]
     tasks = {run: ablate.Task(run, before) for run, before in order}
-    monkeypatch.setattr(ablate, "call", lambda _, run, before, asked: slow(run))
-    monkeypatch.setattr(ablate, "ProcessPoolExecutor", lambda n, *_, **__: ThreadPoolExecutor(n))
+    monkeypatch.setattr(ablate, "work", lambda run, before, asked: slow(run))
+    monkeypatch.setattr(ablate, "pool", ThreadPoolExecutor)
     times = {}
     for task, found in ablate.run_tasks(tasks, 2):
         times[next(run for run, t in tasks.items() if t is task)] = found
     assert times["b"][0] >= times["a"][1] and times["d"][0] >= times["b"][1]
     assert times["c"][0] < times["a"][1], "both workers are busy"
+
+
+def test_a_fresh_process_can_begin_with_any_task():
+    asked = ablate.Asked("row", 0, {}, {}, "key")
+    with ablate.pool(1) as processes:
+        assert processes.submit(repr, asked).result() == repr(asked)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from nanollava.anyres import Visual, parse_budget
 from nanollava.encoder import ENCODERS
 from nanollava.evaluate import add_line, evaluate, read_lines
 from nanollava.recipe import Recipe, read_recipe, run_keys, used_sources
-from nanollava.sources import call, tool
+from nanollava.sources import tool
 
 rows_of, verdicts = tool("rows"), tool("verdicts")
 TUNING = 100  # seeds from here on choose settings; their results are no evidence
@@ -173,6 +173,12 @@ def plan_tasks(file: Path, scale: str, seeds: range, only: list[str], done: set)
     return tasks
 
 
+def pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that know this file; each makes five runs: it keeps half a GB of every one."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), tool, ("ablate",),
+                               max_tasks_per_child=5)  # fmt: skip
+
+
 def run_tasks(tasks: dict[str, Task], workers: int) -> Iterator[tuple[Task, list[dict]]]:
     """Yield (task, its measurements) as they are done, `workers` at a time; 0: here, in order."""
     args = {run: (t.recipe, t.before, t.asked) for run, t in tasks.items()}
@@ -182,13 +188,12 @@ def run_tasks(tasks: dict[str, Task], workers: int) -> Iterator[tuple[Task, list
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # several processes share the cores
     waiting, running = dict(tasks), {}
-    # A process keeps half a GB of each run that it made: five are enough for one.
-    with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=5) as pool:
+    with pool(workers) as processes:
         while waiting or running:
             open_ = {*waiting, *running.values()}
             ready = [run for run, task in waiting.items() if task.before not in open_]
             for run in ready[: workers - len(running)]:
-                running[pool.submit(call, f"{__file__}:work", *args[run])] = run
+                running[processes.submit(work, *args[run])] = run
                 del waiting[run]
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
