@@ -42,9 +42,16 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def evaluate(run: Run, task: list[str] | None = None, limit: int = 0) -> None:
-    """Score a run on its recipe's tasks, at each of its settings."""
-    score(run, task or [], limit)
+def evaluate(run: Run, tasks: str = "", limit: int = 0, beside: str = "T4:0") -> None:
+    """Score a run on its recipe's tasks, at each of its settings; on some of them (--tasks a,b), or
+    on lmms-eval's benchmarks, `blog` for all of the blog's, beside a row of its tables.
+    """
+    names = [name for name in tasks.split(",") if name]
+    own = read_recipe(run / "recipe.yaml").tasks if (run / "recipe.yaml").is_file() else {}
+    if names and not any(name.startswith("nano-") or name in own for name in names):
+        tool("benchmarks").main(run, names, limit, beside)
+    else:
+        score(run, names, limit)
 
 
 def score(run: Path, tasks: list[str], limit: int, keys: Recipe | None = None) -> None:

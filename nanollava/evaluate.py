@@ -70,7 +70,7 @@ def answer_all(
                 documents.append((i, writer(turns, pictures, name=str(i), answer=True)))
             except ValueError as error:
                 print(f"{title}, question {i}: {error}; counted as wrong")
-        documents.sort(key=lambda pair: -len(pair[1].ids))
+        documents.sort(key=lambda pair: (*pair[1].head, len(pair[1].ids)), reverse=True)
         while documents:
             n = max(1, BATCH // (len(documents[0][1].ids) + room))
             batch, documents = documents[:n], documents[n:]
@@ -145,7 +145,7 @@ def evaluate(assistant: Any, run: str | Path, only: Sequence[str] = (), limit: i
     unknown = set(only) - set(recipe.tasks)
     if unknown:
         raise ValueError(f"unknown tasks {sorted(unknown)}; this recipe has {list(recipe.tasks)}")
-    digest, done, rows = weights_digest(run), read_results(run), []
+    digest, done, rows = weights_digest(run), read_lines(run / "results.jsonl"), []
     for setting, changes in (recipe.settings or {"recipe": {}}).items():
         visual = with_visual(recipe, changes).visual
         for name, task in tasks.items():
@@ -170,11 +170,6 @@ def weights_digest(folder: Path) -> str:
         with file.open("rb") as weights:
             hashlib.file_digest(weights, lambda: found)
     return found.hexdigest()[:12]
-
-
-def read_results(run: Path) -> list[dict]:
-    """The rows of a run's results.jsonl."""
-    return read_lines(run / "results.jsonl")
 
 
 def read_lines(file: Path) -> list[dict]:

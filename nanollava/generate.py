@@ -5,7 +5,8 @@
     for piece in llava.chat(image, question, stream=True): # the same, as it is written
 
 A batch is one packed row: prompts of any length first, then one position per unfinished answer.
-A second question on the same images reuses the keys and values that the first one left.
+A second question on the same images reuses the keys and values that the first one left, and
+questions of a batch on the same images read them once.
 """
 
 import time
@@ -22,7 +23,7 @@ from nanollava.anyres import Layout, open_image
 from nanollava.llm import Cache
 from nanollava.model import VLM
 from nanollava.model import load as load_model
-from nanollava.prompts import IMAGE, PLACEHOLDER, Turn, stop_ids
+from nanollava.prompts import PLACEHOLDER, Turn, stop_ids
 from nanollava.recipe import with_visual
 from nanollava.sequence import Document, pack
 from nanollava.sources import tool
@@ -75,20 +76,12 @@ def describe(lay: Layout, features: int, glyph: float = 0.0) -> str:
     )
 
 
-@dataclass
-class Memory:
-    """Keys and values of the last conversation, and what they stand for."""
-
-    cache: Cache = field(default_factory=lambda: Cache([]))
-    ids: list[int] = field(default_factory=list)
-    pictures: object = None
-
-
 class Assistant:
     """A model that answers."""
 
     def __init__(self, model: VLM):
-        self.model, self.memory = model.eval(), Memory()
+        self.model = model.eval()
+        self.memory = Cache([]), [], (0, 0)  # of the last conversation: what its ids left, its head
         self.seen: Seen | None = None  # after a chat
 
     @torch.inference_mode()
@@ -97,13 +90,14 @@ class Assistant:
     ) -> Iterator[list[int | None]]:
         """Yield each step's token of every document, None for those that have ended.
 
-        A `cache` holds what comes before the only document.
+        A `cache` holds what comes before them.
         """
         model = self.model
         stops = stop_ids(model.tokenizer, model.recipe.template)
         row = pack(documents, model.row.tile).to(model.newline.device)
         lengths, cache = list(row.lengths), cache or Cache([len(d.ids) + room for d in documents])
-        positions = row.positions + cache.used[0]
+        before = torch.tensor(cache.used).repeat_interleave(torch.tensor(lengths))
+        positions = row.positions + before.to(row.positions.device)
         with model.autocast():
             embeds = model.embed(row)  # (1, S, D)
         for _ in range(room):
@@ -128,10 +122,26 @@ class Assistant:
         cache.advance(lengths)
         return ids
 
+    @torch.inference_mode()
+    def _read_heads(self, documents: Sequence[Document], room: int) -> Cache | None:
+        """Where some share their images and the words before them: a cache of those, read once."""
+        heads = {d.head: d for d in documents}
+        if len(heads) == len(documents) or not all(d.layouts for d in documents):
+            return None
+        row = pack([replace(d, ids=d.ids[:n], labels=d.labels[:n]) for (n, _), d in heads.items()],
+                   self.model.row.tile).to(self.model.newline.device)  # fmt: skip
+        cache = Cache(row.lengths)
+        with self.model.autocast():
+            self._next(self.model.embed(row), row.positions, list(row.lengths), cache)
+        of, most = [[*heads].index(d.head) for d in documents], [len(d.ids) for d in documents]
+        return cache.fork(of, [n + room for n in most], [d.head[0] for d in documents])
+
     def answer(self, documents: Sequence[Document], room: int) -> list[tuple[str, bool]]:
         """Answers to a batch of prompts, each of at most `room` tokens; True: it was cut there."""
         written: list[list[int]] = [[] for _ in documents]
-        for step in self.stream(documents, room):
+        if cache := self._read_heads(documents, room):
+            documents = [d.after(n) for d, n in zip(documents, cache.used, strict=True)]
+        for step in self.stream(documents, room, cache):
             for ids, token in zip(written, step, strict=True):
                 if token is not None:
                     ids.append(token)
@@ -161,24 +171,19 @@ class Assistant:
         turns = [Turn("user", f"{PLACEHOLDER}\n" * n + first, n)]
         turns += [Turn(("assistant", "user")[i % 2], words) for i, words in enumerate(further)]
         document = self.model.writer(keys)(turns, pictures, name="chat", answer=True)
-        key = (keys, [(x.size, hash(x.tobytes())) for x in pictures])
         glyphs = tuple(float(x.info.get("glyph_px", 0)) for x in pictures)
-        pieces = self._speak(document, glyphs, key, max_new_tokens)
+        pieces = self._speak(document, glyphs, max_new_tokens)
         return pieces if stream else "".join(pieces)
 
-    def _speak(
-        self, document: Document, glyphs: tuple[float, ...], key: object, room: int
-    ) -> Iterator[str]:
+    def _speak(self, document: Document, glyphs: tuple[float, ...], room: int) -> Iterator[str]:
         """Pieces of one answer; keeps its keys and values for the next question."""
         ids, start = document.ids.tolist(), time.perf_counter()
-        skip = self._reusable(ids, key)
-        cache = self.memory.cache.fork(len(ids) + room, skip)
+        kept, known, head = self.memory
+        skip = len(commonprefix([ids[:-1], known])) if document.head == head else 0
+        cache = kept.fork([0], [len(ids) + room], [skip])
         self.seen = Seen(document, self.model.row.side**2, glyphs, skip)
         written, said = self.seen.written, ""
-        rest = replace(document, ids=document.ids[skip:], labels=document.labels[skip:])
-        if skip:  # no image is left: all of them are in the cache
-            rest = replace(rest, views=document.views[:0], layouts=())
-        for (token,) in self.stream([rest], room, cache):
+        for (token,) in self.stream([document.after(skip)], room, cache):
             self.seen.first = self.seen.first or time.perf_counter() - start
             written += [] if token is None else [token]
             text = self.model.tokenizer.decode(written, skip_special_tokens=True)
@@ -186,20 +191,13 @@ class Assistant:
                 yield text[len(said) :]  # not half of a character, unless the answer ends there
                 said = text
         self.seen.seconds = time.perf_counter() - start
-        self.memory = Memory(cache, (ids + written)[: cache.used[0]], key)
+        self.memory = cache, (ids + written)[: cache.used[0]], document.head
 
     def why(self) -> Image:
         """A picture of where the last answer looked: base view and tiles of each image."""
         if self.seen is None:
             raise ValueError("nothing has been asked yet: chat first")
         return tool("why").look(self.model, self.seen.document, self.seen.written)
-
-    def _reusable(self, ids: list[int], key: object) -> int:
-        """How many first positions the last conversation shares: all of its images, or none."""
-        if self.memory.pictures != key:
-            return 0
-        shared = len(commonprefix([ids[:-1], self.memory.ids]))
-        return shared if IMAGE not in ids[shared:] else 0
 
 
 def load(run: str | Path, device: str = "") -> Assistant:

@@ -6,6 +6,7 @@ to the next, so a packed row equals as many separate forward passes, and nothing
 causal sdpa per document, on CUDA flash-attn's variable-length kernel where that is installed.
 """
 
+from collections.abc import Sequence
 from functools import cache as cached
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Cache:
     `room[i]` is the length that document i may reach; `used[i]` how much of it is filled.
     """
 
-    def __init__(self, room: list[int]):
+    def __init__(self, room: Sequence[int]):
         self.room, self.used = list(room), [0] * len(room)
         self.buffers: dict[int, list[Tensor]] = {}  # layer -> per document (2, H, room, d)
 
@@ -56,13 +57,15 @@ class Cache:
         """Call once after a forward pass over all layers."""
         self.used = [u + n for u, n in zip(self.used, lengths, strict=True)]
 
-    def fork(self, room: int, length: int) -> "Cache":
-        """One document that begins with the first `length` positions of this cache's only one."""
-        new = Cache([room])
-        new.used = [length]
-        for layer, (old,) in self.buffers.items():
-            new.buffers[layer] = [old.new_empty(2, old.shape[1], room, old.shape[3])]
-            new.buffers[layer][0][:, :, :length] = old[:, :, :length]
+    def fork(self, of: Sequence[int], room: Sequence[int], used: Sequence[int]) -> "Cache":
+        """A cache of other documents: each begins with the first `used` positions of one here."""
+        new, parts = Cache(room), [*zip(of, room, used, strict=True)]
+        new.used = [*used]
+        for layer, old in self.buffers.items():
+            _, H, _, d = old[0].shape
+            new.buffers[layer] = [old[i].new_empty(2, H, most, d) for i, most, _ in parts]
+            for buffer, (i, _, n) in zip(new.buffers[layer], parts, strict=True):
+                buffer[:, :, :n] = old[i][:, :, :n]
         return new
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 import nanollava
 from nanollava.anyres import Layout, cut_views, open_image
 from nanollava.cost import forward_flops, rates
-from nanollava.evaluate import read_results
+from nanollava.evaluate import read_lines
 from nanollava.prompts import IGNORE, IMAGE, Turn
 from nanollava.recipe import with_visual
 from nanollava.runs import read_losses
@@ -304,7 +304,7 @@ def label_mask(tokenizer, ids: Sequence[int], labels: Sequence[int]) -> HTML:
 
 def scores(*runs: str) -> None:
     """Print the scores of runs with several seeds: their mean in %, and the lowest and highest."""
-    rows = [row for run in runs for row in read_results(Path(run))]
+    rows = [row for run in runs for row in read_lines(Path(run, "results.jsonl"))]
     tasks, settings = ({row[key]: None for row in rows} for key in ("task", "setting"))
     print("| task (metric) | chance | " + " | ".join(settings) + " |")
     print("|---" * (len(settings) + 2) + "|")

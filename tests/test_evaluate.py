@@ -9,7 +9,7 @@ import pytest
 import torch
 from launching import ROOT
 
-from nanollava.anyres import Visual
+from nanollava.anyres import Visual, open_image
 from nanollava.evaluate import (
     add_line,
     chance,
@@ -17,12 +17,13 @@ from nanollava.evaluate import (
     interval,
     questions,
     read_lines,
-    read_results,
     weights_digest,
 )
-from nanollava.generate import Assistant
+from nanollava.generate import Assistant, load
 from nanollava.model import VLM, save
+from nanollava.prompts import Turn
 from nanollava.recipe import Task
+from nanollava.sources import import_file
 
 SOURCE = f"{ROOT}/tests/mixed_source.py:mixed"
 
@@ -46,19 +47,19 @@ def changed(assistant, **keys) -> None:
 def test_only_what_was_asked_before_is_read_back(trained):
     assistant, run = trained
     first = evaluate(assistant, run)
-    assert evaluate(assistant, run) == first and len(read_results(run)) == 1
+    assert evaluate(assistant, run) == first and len(read_lines(run / "results.jsonl")) == 1
     changed(assistant, settings={"a": {"max_grid": "3x3"}})  # the same name, another grid
     evaluate(assistant, run)
     task = assistant.model.recipe.tasks["nano-mixed"]
     changed(assistant, tasks={"nano-mixed": replace(task, metric="edit")})
     evaluate(assistant, run)
-    rows = read_results(run)
+    rows = read_lines(run / "results.jsonl")
     assert len(rows) == 3 and rows[2]["metric"] == "edit" and rows[0]["n"] == 6
 
 
 def test_half_a_line_is_left_out(trained, tmp_path):
     (tmp_path / "results.jsonl").write_text(json.dumps({"task": "a"}) + '\n{"task": "b", "sc')
-    assert read_results(tmp_path) == [{"task": "a"}]
+    assert read_lines(tmp_path / "results.jsonl") == [{"task": "a"}]
 
 
 def test_unknown_task_names_those_there_are(trained):
@@ -78,11 +79,50 @@ def test_an_unreadable_image_counts_as_wrong_and_is_named(trained, monkeypatch, 
     assert row["n"] == 9 and told.count("counted as wrong") == sum(bool(x[1]) for x in items) > 0
 
 
+def test_questions_on_the_same_images_read_them_once(monkeypatch):
+    """The answers are those to each question alone; the images go through the model once."""
+    assistant, shown = load(ROOT / "demo/nano"), []
+    see = assistant.model.see
+
+    def watched(views, layouts):
+        shown.append(len(layouts))
+        return see(views, layouts)
+
+    monkeypatch.setattr(assistant.model, "see", watched)
+    world = import_file(f"{ROOT}/recipes/nano/world.py")
+    drawn = [*world.doc("test", 3, 0)]
+    pages = [open_image(record["image"]) for record in drawn]
+    one, two, three = (r["conversations"][0]["value"].split("\n")[-1] for r in drawn)
+    asked = [
+        ([0], one),
+        ([1], two),
+        ([0], "what is it?"),
+        ([1, 2], three),
+        ([1, 2], two),
+        ([1], two),
+    ]
+    writer = assistant.model.writer(Visual(max_grid="3x3", max_visual_tokens="5T"))
+    documents = [
+        writer(
+            [Turn("user", "<image>\n" * len(of) + text, len(of))],
+            [pages[i] for i in of],
+            answer=True,
+        )
+        for of, text in asked
+    ]
+    together = assistant.answer(documents, 7)
+    assert shown == [4], "two images alone, and two together"
+    assert together == [assistant.answer([d], 7)[0] for d in documents]
+    assert len({text for text, _ in together}) > 2, "all alike would prove nothing"
+    plain = writer([Turn("user", "no image", 0)], [], answer=True)
+    mixed = assistant.answer([documents[0], documents[2], plain], 7)
+    assert mixed[:2] == [together[0], together[2]] and mixed[2] == assistant.answer([plain], 7)[0]
+
+
 def test_settings_change_what_is_computed(trained):
     """Pooling and order follow the setting, not the recipe that the model was trained with."""
     from PIL import Image
 
-    from nanollava.prompts import Turn
     from nanollava.sequence import pack
 
     model = trained[0].model

@@ -20,6 +20,7 @@ from lmms_eval.tasks import TaskManager  # noqa: E402
 from nanollava_tools import lmms  # noqa: E402
 
 world = import_file(str(ROOT / "recipes/nano/world.py"))
+MANAGER = TaskManager("ERROR", include_path=str(ROOT / "recipes/eval"))
 DEMO = f"pretrained={ROOT}/demo/nano"
 SINGLE = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -69,6 +70,17 @@ ROWS = {  # task: (split, row i, the question as the model is asked it, a right 
                                "question": f"Is it {i}? Please answer yes or no.",
                                "category": "OCR", "answer": ("Yes", "No")[i % 2]},
             "Is it 1?" + SINGLE, "No", "mme_perception_score"),
+    "mmmu_val_2024": ("validation", lambda i: {"id": f"validation_Art_{i}", "image_1": page(i),
+                      "question": f"Which is it, {i}? <image 1>", "options": "['cat', 'dog']",
+                      "question_type": "multiple-choice", "answer": "B", "subfield": "x"},
+                      "Which is it, 1? <image 1>\nA. cat\nB. dog\n"
+                      "Answer with the option letter from the given choices directly.",
+                      "B", "mmmu_acc"),
+    "mathvista_testmini_direct": ("testmini", lambda i: {
+        "pid": str(i), "question": f"How many, {i}?", "decoded_image": page(i), "answer": f"{i}",
+        "question_type": "free_form", "answer_type": "integer", "choices": [], "unit": "",
+        "precision": 0, "query": "", "metadata": {}},
+        "How many, 1?\nAnswer the question using a single integer number.", "1", "accuracy"),
 }  # fmt: skip
 
 
@@ -87,7 +99,7 @@ def local(monkeypatch, tmp_path):
 
 def run(task, **more):
     return simple_evaluate(
-        model="nanollava", tasks=[task], task_manager=TaskManager("ERROR"), batch_size=1,
+        model="nanollava", tasks=[task], task_manager=MANAGER, batch_size=1,
         model_args=",".join([DEMO, *(f"{k}={v}" for k, v in more.items())]), bootstrap_iters=0,
     )  # fmt: skip
 
@@ -99,9 +111,9 @@ def test_the_blogs_tasks_ask_in_their_words_and_score_right_answers(task, local,
     seen = []
 
     def answer_all(assistant, writer, items, room, title):
-        seen.extend((turns, len(images), room) for turns, images, _ in items)
+        seen.extend((turns, len(images), room) for turns, images, *_ in items)
         answers = {0: right.replace("1", "0").replace("No", "Yes"), 1: right}
-        return [Answer(answers[i] if task != "chartqa" else f"{i}5") for *_, i in items]
+        return [Answer(answers[i] if task != "chartqa" else f"{i}5") for _, _, i, _ in items]
 
     monkeypatch.setattr(lmms, "answer_all", answer_all)
     found = run(task)["results"][task]

@@ -224,7 +224,7 @@ def test_plain_commands(tiny, tmp_path):
         (("chat", "{run}/checkpoints", "x.png", "what?"), "has no model.safetensors"),
         (("chat", "{run}", "{run}/recipe.yaml", "what?"), "unreadable image"),
         (("chat", "{run}", "{red}", "what?", "--max-grid", "3by3"), "'3by3' is no grid"),
-        (("evaluate", "{run}", "--task", "nano-mixd"), "unknown tasks ['nano-mixd']"),
+        (("evaluate", "{run}", "--tasks", "nano-mixd"), "unknown tasks ['nano-mixd']"),
     ],
 )
 def test_bad_input_is_one_line(tiny, tmp_path, capsys, words, told):

@@ -1,0 +1,209 @@
+"""The blog's benchmarks by lmms-eval, in the blog's units, beside a row of its tables.
+
+    python -m nanollava evaluate runs/mine --tasks blog
+    python -m nanollava evaluate runs/mine --tasks docvqa_val,pope --limit 100
+
+What was scored is a line of benchmarks.jsonl in the run's folder, and every answer is kept: the
+same command goes on where it was stopped. What cannot be scored is named with its reason.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from nanollava.evaluate import add_line, read_lines, weights_digest
+from nanollava.sources import tool
+
+FOLDER = Path(__file__).parents[1] / "eval"
+TOKENS = 4  # characters of English, about
+PICTURE = 765  # tokens of one, at OpenAI's high detail
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the blog's tables."""
+
+    task: str  # of lmms-eval, or of recipes/eval
+    metric: str | tuple[str, ...]  # as the task calls it; several are added
+    unit: float = 100  # times this: what the blog prints
+    note: str = ""
+    judged: tuple[int, int, int] = ()  # questions, characters asked besides the answer, pictures
+
+
+BLOG = {
+    "ai2d": Column("ai2d", "exact_match"),
+    "chartqa": Column("chartqa", "relaxed_overall"),
+    "docvqa": Column("docvqa_val", "anls"),
+    "infovqa": Column("infovqa_val", "anls"),
+    "mathvista": Column("mathvista_testmini_direct", "accuracy", note="without GPT-4's extraction: "
+                        "what is no bare answer is wrong"),
+    "mme": Column("mme", ("mme_perception_score", "mme_cognition_score"), 100 / 2800),
+    "mmmu": Column("mmmu_val_2024", "mmmu_acc"),
+    "scienceqa_img": Column("scienceqa_img", "exact_match"),
+    "okvqa": Column("ok_vqa_val2014", "exact_match"),
+    "pope": Column("pope", "pope_f1_score"),
+    "vizwiz": Column("vizwiz_vqa_val", "exact_match"),
+    "synthdog": Column("synthdog_en", "tree_edit_distance", 1, "a sum over 500 pages"),
+    "ocrbench": Column("ocrbench", "ocrbench_accuracy"),
+    "cmmmu": Column("cmmmu_val", "cmmmu_acc"),
+    "llava_w": Column("llava_w_2024", "judge_score", 1, judged=(60, 3500, 0)),
+    "video_dc": Column("video_dc_2024", "judge_score", 20, judged=(499, 2500, 0)),
+    "image_dc_en": Column("image_dc_own_en", "judge_score", 1, "your images: the blog's are not "
+                          "released", (0, 700, 1)),
+    "image_dc_cn": Column("image_dc_own_cn", "judge_score", 1, "your images", (0, 700, 1)),
+}  # fmt: skip
+COLUMNS = {column.task: name for name, column in BLOG.items()}
+
+
+def chosen(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Names or columns of the blog -> tasks; ValueError with the nearest for one that is none."""
+    tasks = []
+    for name in names:
+        tasks += [c.task for c in BLOG.values()] if name == "blog" else [
+            BLOG[name].task if name in BLOG else name]  # fmt: skip
+    if unknown := [name for name in tasks if name not in known]:
+        near = [n for u in unknown for n in difflib.get_close_matches(u, [*known, *BLOG], 3, 0.5)]
+        raise ValueError(f"unknown tasks {unknown}; near: {near or 'none'}. `blog` is all of the "
+                         "blog's; lmms-eval tasks list shows all")  # fmt: skip
+    return [*dict.fromkeys(tasks)]
+
+
+def price(column: Column, questions: int) -> str:
+    """What judging costs: tokens, and dollars where JUDGE_PRICE=IN,OUT of a million is given."""
+    _, asked, pictures = column.judged
+    read = questions * ((asked + 3000) // TOKENS + PICTURE * pictures)  # answers of 3,000 letters
+    said = questions * 150
+    told = (
+        f"{questions} questions, about {read / 1e3:,.0f}k tokens read and {said / 1e3:,.0f}k said"
+    )
+    if prices := os.environ.get("JUDGE_PRICE"):
+        each = [float(x) for x in prices.split(",")]
+        told += f", ${(read * each[0] + said * each[1]) / 1e6:.2f}"
+    return told
+
+
+def asked_of(column: Column, limit: int) -> int:
+    """How many questions a judged task asks."""
+    own = Path(f"data/{column.task.replace('_own', '')}")
+    n = column.judged[0] or sum(1 for f in own.glob("*") if not f.name.startswith("."))
+    return min(n, limit or n)
+
+
+def judge_of(task: str, limit: int) -> str:
+    """The judge of a judged task, after telling what it costs; ValueError where there is none."""
+    column = BLOG.get(COLUMNS.get(task, ""))
+    if not column or not column.judged:
+        return ""
+    if not (questions := asked_of(column, limit)):
+        raise ValueError(f"put your images into data/{task.replace('_own', '')}")
+    print(f"{task}: a judge is asked {price(column, questions)}")
+    return tool("judge").judge_id()
+
+
+def score(model: Any, task: str, manager: Any, limit: int) -> dict[str, float]:
+    """Metric -> value of one task, as lmms-eval's evaluator finds them."""
+    from lmms_eval.api.task import ConfigurableTask
+    from lmms_eval.evaluator import simple_evaluate
+    from tenacity import stop_after_attempt
+
+    download = ConfigurableTask.download.retry  # a minute of tries would hide the reason
+    download.stop, download.reraise = stop_after_attempt(1), True
+    found = simple_evaluate(
+        model=model, tasks=[task], task_manager=manager, limit=limit or None, batch_size=1,
+        bootstrap_iters=0, log_samples=True, verbosity="ERROR",
+    )  # fmt: skip
+    values = {}
+    for name, value in found["results"][task].items():
+        metric = name.split(",")[0]
+        if isinstance(value, int | float) and "stderr" not in metric:
+            values[metric] = float(value)
+    return values | {"n": len(found["samples"][task])}
+
+
+def value_of(column: Column, values: dict) -> float | None:
+    """A task's values in the blog's unit."""
+    names = (column.metric,) if isinstance(column.metric, str) else column.metric
+    found = [values.get(name) for name in names]
+    return None if None in found else column.unit * sum(found)
+
+
+def row_of(beside: str) -> tuple[dict[str, Any], str]:
+    """'T4:0' -> that row of the blog's by column, and what it is."""
+    name, _, place = beside.partition(":")
+    tables = tool("rows").TABLES
+    if name not in tables or not place.isdigit() or int(place) >= len(tables[name]["rows"]):
+        raise ValueError(f"--beside {beside!r}: expected TABLE:ROW, like T4:0, rows from 0 on")
+    table = tables[name]
+    row = zip([*table["factors"], *table["metrics"]], table["rows"][int(place)], strict=True)
+    return (found := dict(row)), ", ".join([name, *(f"{found[key]}" for key in table["factors"])])
+
+
+def show(rows: dict[str, dict], reasons: dict[str, str], beside: str, limit: int) -> None:
+    """Print ours beside a row of the blog's."""
+    row, told = row_of(beside)
+    table, notes = Table(title=f"beside the blog: {told}", box=SIMPLE), []
+    for head, side in (("task", "left"), ("column", "left"), ("ours", "right"),
+                       ("the blog", "right")):  # fmt: skip
+        table.add_column(head, justify=side, no_wrap=True)
+    for task in [*rows, *reasons]:
+        column = COLUMNS.get(task, "")
+        mine, note = ours(task, rows[task], limit) if task in rows else ("-", reasons[task])
+        table.add_row(task, column, mine, f"{row.get(column, '-')}")
+        notes += [f"{task}: {note}"] if note else []
+    Console().print(table)
+    print("\n".join(notes))
+
+
+def ours(task: str, values: dict, limit: int) -> tuple[str, str]:
+    """Our cell, and what is to be said about it."""
+    known, states = BLOG.get(COLUMNS.get(task, "")), tool("judge").STATES
+    value = value_of(known, values) if known else None
+    notes = [f"the first {values['n']:g}"] if limit else []
+    notes += [known.note] if known and known.note else []
+    if counts := [f"{values[state]:g} {state}" for state in states if values.get(state)]:
+        notes.append(f"{', '.join(counts)} by {values['judge']}")
+    others = [f"{k} {v:.4g}" for k, v in values.items() if k not in ("n", "judge", *states)]
+    return (f"{value:.1f}" if value is not None else ", ".join(others)), "; ".join(notes)
+
+
+def scored(model: Any, task: str, manager: Any, asked: dict[str, Any], file: Path) -> dict:
+    """A task's values, as they were measured before or now."""
+    key = {"task": task, "judge": judge_of(task, asked["limit"]), **asked}
+    found = next((row for row in read_lines(file) if key.items() <= row.items()), None)
+    if found is None:
+        found = {**key, "values": score(model, task, manager, asked["limit"])}
+        add_line(file, found)
+    return found["values"] | {"judge": key["judge"]}
+
+
+def main(run: Path, names: Sequence[str], limit: int = 0, beside: str = "T4:0") -> None:
+    """Score a run on benchmarks; goes on where it was stopped."""
+    try:
+        from lmms_eval.tasks import TaskManager
+        from loguru import logger
+        from nanollava_tools.lmms import Nanollava
+    except ImportError as error:
+        raise ValueError(f"{error}: benchmarks need the extra `eval`: "
+                         "pip install lmms-eval==0.7.3 levenshtein") from error  # fmt: skip
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING")
+    row_of(beside)  # what is wrong with it is told now
+    manager, rows, reasons = TaskManager("ERROR", include_path=str(FOLDER)), {}, {}
+    tasks = chosen(names, manager.all_tasks)
+    model = Nanollava(str(run), answers=str(run))
+    visual = asdict(model.writers["image"].visual)
+    asked = {"weights": weights_digest(run), "limit": limit, "visual": visual}
+    for task in tasks:
+        try:
+            rows[task] = scored(model, task, manager, asked, run / "benchmarks.jsonl")
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SystemExit) as error:
+            reasons[task] = f"{error}".split("\n")[0][:200] or type(error).__name__
+    show(rows, reasons, beside, limit)

@@ -1,0 +1,260 @@
+"""Judged benchmarks against an endpoint that answers, fails, stalls, refuses and talks nonsense.
+
+pip install lmms-eval==0.7.3        # an extra: without it these tests are skipped
+"""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import datasets
+import pytest
+from conftest import film
+from launching import ROOT
+from PIL import Image
+
+from nanollava.evaluate import Answer, read_lines
+from nanollava.sources import tool
+
+pytest.importorskip("lmms_eval", reason="the extra `eval` is not installed")
+from lmms_eval.evaluator import simple_evaluate  # noqa: E402
+from lmms_eval.tasks import TaskManager  # noqa: E402
+from nanollava_tools import benchmarks, judge, lmms  # noqa: E402
+
+MANAGER = TaskManager("ERROR", include_path=str(ROOT / "recipes/eval"))
+GOOD = "A fine caption.\nFinal Score: 80"
+
+
+@pytest.fixture
+def endpoint(monkeypatch, tmp_path):
+    """A server with a list of what it says next, in turn; it keeps what it was asked."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.asked.append(body)
+            told = server.says[(len(server.asked) - 1) % len(server.says)]
+            if told == "stall":
+                time.sleep(1.5)
+            code = 500 if told in ("fail", "stall") else 200
+            reply = {"id": "1", "object": "chat.completion", "created": 1, "model": "fake-2024",
+                     "choices": [{"index": 0, "finish_reason": "stop",
+                                  "message": {"role": "assistant", "content": told}}]}  # fmt: skip
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(reply).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.says = [], [GOOD]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for key, value in {
+        "OPENAI_API_URL": f"http://127.0.0.1:{server.server_port}/v1", "OPENAI_API_KEY": "x",
+        "MODEL_VERSION": "fake", "JUDGE_SECONDS": "0.5", "HF_HOME": str(tmp_path / "hub"),
+        "NANOLLAVA_JUDGED": str(tmp_path / "judged.jsonl"),
+    }.items():  # fmt: skip
+        monkeypatch.setenv(key, value)
+    monkeypatch.chdir(tmp_path)
+    judge.server.cache_clear()
+    judge.known.cache_clear()
+    judge.missed.clear()
+    yield server
+    server.shutdown()
+
+
+def ask(text, read=judge.final_score, **more):
+    return judge.judge([{"role": "user", "content": text}], read, **more)
+
+
+def test_a_judgement_is_asked_for_once(endpoint, tmp_path, monkeypatch):
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    assert ask("a").points == 80 and ask("a").points == 80 and len(endpoint.asked) == 1
+    ask("b")
+    ask("a", images=[red])
+    ask("a", images=[blue])
+    ask("a", images=[red])
+    assert len(endpoint.asked) == 4, "the text, and each image"
+    judge.known.cache_clear()  # another process
+    assert ask("b") == judge.Judgement("judged", 80, GOOD, "fake-2024")
+    assert len(endpoint.asked) == 4 and len(read_lines(tmp_path / "judged.jsonl")) == 4
+    monkeypatch.setenv("MODEL_VERSION", "another")
+    ask("b")
+    assert len(endpoint.asked) == 5 and endpoint.asked[-1]["model"] == "another"
+
+
+@pytest.mark.parametrize("says, state", [
+    (GOOD, "judged"), ("", "refused"), ("I like it.", "unreadable"),
+    ("Final Score: 200", "unreadable"), ("fail", "failed"), ("stall", "failed"),
+])  # fmt: skip
+def test_what_is_no_score_is_none(endpoint, says, state):
+    endpoint.says = [says]
+    found = ask("a")
+    assert found.state == state and (found.points is None) == (state != "judged")
+    assert len(endpoint.asked) == (3 if state == "failed" else 1), "three tries"
+    assert (
+        judge.results(found)[state] == 1 and sum(judge.results(found)[s] for s in judge.STATES) == 1
+    )
+
+
+def test_an_endpoint_that_is_down_is_not_asked_for_ever(endpoint, tmp_path):
+    ask("kept")
+    endpoint.says = ["fail"]
+    assert [ask(f"{i}").state for i in range(2)] == ["failed"] * 2
+    with pytest.raises(OSError, match=r"3 times in a row.*1 judgements are kept in .*run it again"):
+        ask("2")
+    endpoint.says = [GOOD]
+    before = len(endpoint.asked)
+    assert ask("kept").points == 80 and len(endpoint.asked) == before
+    assert ask("0").points == 80, "what failed is asked again"
+
+
+@pytest.mark.parametrize("read, text, score", [
+    (judge.final_score, "Final Score: 85", 85), (judge.final_score, "**Final Score: 7.5**", 7.5),
+    (judge.final_score, "Final Score: **90**", 90), (judge.final_score, "Score: 85", None),
+    (judge.detail_score, "{'score': 4}", 4), (judge.detail_score, '{"score": "3"}', 3),
+    (judge.detail_score, "{'score': 4.8}", 4.8), (judge.detail_score, "{'score': 9}", None),
+    (judge.detail_score, "4", None),
+])  # fmt: skip
+def test_scores_are_read(read, text, score):
+    assert read(text) == score
+
+
+def run(task, answers, monkeypatch):
+    """A task by lmms-eval's evaluator, with these answers."""
+
+    def answer_all(assistant, writer, items, *_):
+        return [Answer(answers[i]) for _, _, i, _ in items]
+
+    monkeypatch.setattr(lmms, "answer_all", answer_all)
+    return simple_evaluate(
+        model="nanollava", tasks=[task], task_manager=MANAGER, batch_size=1, bootstrap_iters=0,
+        model_args=f"pretrained={ROOT}/demo/nano", process_docs_parallel=1,
+    )["results"][task]  # fmt: skip
+
+
+def test_images_of_ones_own(endpoint, tmp_path, monkeypatch):
+    folder = tmp_path / "data/image_dc_en"
+    folder.mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (60, 40), (60 * i, 0, 0)).save(folder / f"{i}.png")
+    endpoint.says = ["Final Score: 80", "Sorry.", "Final Score: 40", ""]
+    found = run("image_dc_own_en", [f"caption {i}" for i in range(4)], monkeypatch)
+    assert found["judge_score,none"] == 60, "the mean of what was judged"
+    states = {s: found[f"{s},none"] for s in judge.STATES}
+    assert states == {"judged": 2, "refused": 1, "unreadable": 1, "failed": 0}
+    text, image = endpoint.asked[0]["messages"][0]["content"]
+    assert "caption 0" in text["text"] and "Final Score" in text["text"]
+    assert image["image_url"]["url"].startswith("data:image/jpeg;base64,")
+
+
+def local(monkeypatch, split, rows):
+    found = datasets.DatasetDict({split: datasets.Dataset.from_list(rows)})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found.copy())
+
+
+def test_videos(endpoint, tmp_path, monkeypatch):
+    local(monkeypatch, "test", [{"video_name": f"v_{i}", "question": f"what, {i}?",
+                                 "answer": f"true {i}"} for i in range(2)])  # fmt: skip
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda **_: str(tmp_path))
+    monkeypatch.setattr("lmms_eval.api.task.snapshot_download", lambda **_: str(tmp_path))
+    folder = tmp_path / "hub/videochatgpt/Test_Videos"
+    folder.mkdir(parents=True)
+    for i in range(2):
+        (folder / f"v_{i}.mp4").write_bytes(film(5))
+    endpoint.says = ["{'score': 4}", "{'score': 3}"]
+    found = run("video_dc_2024", ["said 0", "said 1"], monkeypatch)
+    assert found["judge_score,none"] == 3.5 and found["judged,none"] == 2
+    system, user = endpoint.asked[0]["messages"]
+    assert all(x in user["content"] for x in ("what, 0?", "true 0", "said 0"))
+    assert system["role"] == "system" and endpoint.asked[0]["temperature"] == 0
+
+
+def test_llava_in_the_wild(endpoint, monkeypatch):
+    rows = [{"question_id": i, "question": f"q{i}", "image": Image.new("RGB", (20, 20)),
+             "caption": [f"seen {i}"], "gpt_answer": f"true {i}", "category": "conv",
+             "image_id": "1"} for i in range(3)]  # fmt: skip
+    local(monkeypatch, "train", rows)
+    endpoint.says = ["8 6\nbecause", "10 6\nbecause", "no numbers"]
+    found = run("llava_w_2024", ["a", "b", "c"], monkeypatch)
+    assert found["judge_score,none"] == pytest.approx(100 * 12 / 18)
+    assert found["unreadable,none"] == 1
+    sent = endpoint.asked[0]["messages"][-1]["content"]
+    assert all(x in sent for x in ("seen 0", "q0", "true 0", "[Assistant 2]\na"))
+
+
+# ---- the command
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A run to be scored, and how often its model was asked."""
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(ROOT / "demo/nano", run)
+    asked, answer_all = [], lmms.answer_all
+
+    def counted(assistant, writer, items, *more):
+        asked.append(len(items))
+        return answer_all(assistant, writer, items, *more)
+
+    monkeypatch.setattr(lmms, "answer_all", counted)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"What, {i}?", "image": Image.new("RGB", (90, 60), (i, 0, 0)),
+             "answers": ["a"], "questionId": f"{i}"} for i in range(4)]  # fmt: skip
+    local(monkeypatch, "validation", rows)
+    return run, asked
+
+
+def test_what_was_scored_and_answered_is_not_done_again(mine, capsys):
+    run, asked = mine
+    benchmarks.main(run, ["docvqa"], 2)
+    benchmarks.main(run, ["docvqa_val"], 2)
+    assert asked == [2] and len(read_lines(run / "benchmarks.jsonl")) == 1
+    told = capsys.readouterr().out
+    assert "58.8" in told and "docvqa_val: the first 2" in told
+    benchmarks.main(run, ["docvqa"])
+    assert asked == [2, 2], "of four questions two were answered before"
+    (run / "benchmarks.jsonl").unlink()
+    benchmarks.main(run, ["docvqa"], 2, beside="T4:4")
+    assert asked == [2, 2] and "62.7" in capsys.readouterr().out
+
+
+def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(mine, capsys, monkeypatch):
+    run, _ = mine
+    for key in ("OPENAI_API_KEY", "MODEL_VERSION"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("JUDGE_PRICE", "2,10")
+    benchmarks.main(run, ["llava_w", "image_dc_en", "pope", "docvqa"], 4)
+    told = capsys.readouterr().out
+    assert "llava_w_2024: a judge is asked 4 questions" in told and "$0.0" in told
+    assert "llava_w_2024: needs a judge: set MODEL_VERSION" in told
+    assert "image_dc_own_en: put your images into data/image_dc_en" in told
+    assert "pope: " in told, "its columns are not those of the data here"
+    assert "docvqa_val: the first 4" in told
+
+
+def test_names_and_rows_that_are_none(mine):
+    run, _ = mine
+    with pytest.raises(ValueError, match=r"\['chartq'\]; near: \['chartqa'"):
+        benchmarks.main(run, ["docvqa", "chartq"])
+    with pytest.raises(ValueError, match="TABLE:ROW, like T4:0"):
+        benchmarks.main(run, ["docvqa"], beside="T4:99")
+
+
+def test_the_blogs_columns_are_tasks_and_its_units():
+    blog = tool("rows").TABLES
+    columns = {name for table in blog.values() for name in table["metrics"]} - {"avg", "scienceqa"}
+    assert columns == {*benchmarks.BLOG}
+    assert {column.task for column in benchmarks.BLOG.values()} <= {*MANAGER.all_tasks}
+    value = benchmarks.value_of
+    mme = {"mme_perception_score": 1400.0, "mme_cognition_score": 280.0}
+    assert value(benchmarks.BLOG["mme"], mme) == pytest.approx(60)
+    assert value(benchmarks.BLOG["synthdog"], {"tree_edit_distance": 418.5}) == 418.5
+    assert value(benchmarks.BLOG["ocrbench"], {"ocrbench_accuracy": 0.5}) == 50
+    assert value(benchmarks.BLOG["video_dc"], {"judge_score": 3.2}) == 64
+    assert value(benchmarks.BLOG["pope"], {}) is None
