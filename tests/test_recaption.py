@@ -10,7 +10,7 @@ import nanollava
 from nanollava.evaluate import Answer
 from nanollava.generate import Assistant
 from nanollava.recipe import Source
-from nanollava.sources import images_of, records, tool
+from nanollava.sources import images_of, import_file, records, tool
 
 recaption = tool("recaption")
 WORLD = f"{ROOT}/recipes/nano/world.py"
@@ -81,6 +81,10 @@ def test_stopped_and_on_other_processes_it_is_the_same_without_doing_it_twice(
     assert "10 captions" in (tmp_path / "out/README.md").read_text()
 
 
+def cycle(period, words):
+    return " ".join(str(i % period) for i in range(words))
+
+
 @pytest.mark.parametrize("answer, reason", [
     (Answer("a red circle", 9, False), ""),
     (Answer(" \n", 9, False), "empty"),
@@ -88,6 +92,11 @@ def test_stopped_and_on_other_processes_it_is_the_same_without_doing_it_twice(
     (Answer("a cat sits. " * 20, 9, False), "repeats itself"),
     (Answer("no no no no", 9, False), ""),  # short texts may
     (Answer(" ".join(map(str, range(60))), 9, False), ""),
+    (Answer("no " * 24, 9, False), "repeats itself"), (Answer("no " * 23, 9, False), ""),
+    (Answer(cycle(12, 27), 9, False), ""),  # 12 of 24 runs are distinct
+    (Answer(cycle(11, 27), 9, False), "repeats itself"),
+    (Answer("一只猫坐着，" * 8, 9, False), "repeats itself"),  # no spaces
+    (Answer("一只黑猫坐在木桌上，旁边放着两本打开的旧书和一杯热茶。", 9, False), ""),
 ])  # fmt: skip
 def test_what_is_no_caption(answer, reason):
     assert recaption.fault(answer) == reason
@@ -143,3 +152,15 @@ def test_the_command(tmp_path):
     told = command("-m", "nanollava", "recaption", f"{WORLD}:short_captions", "--model",
                    ROOT / "demo/nano", "--out", tmp_path, "--samples", 3)  # fmt: skip
     assert "captions and their card are in" in told and len(read(tmp_path)) == 3
+
+
+def test_the_nano_worlds_images_are_described_anew():
+    world, made = (import_file(f"{ROOT}/recipes/nano/{n}.py") for n in ("world", "recaptions"))
+    raw = [*world.short_captions("train", 5, 0)]
+    found = [*made.recaptions("train", 5, 0)]
+    assert 3 <= len(found) <= 5 and {r["id"] for r in found} <= {r["id"] for r in raw}
+    known = {r["id"]: r for r in raw}
+    for record in found:
+        (asked, told), before = record["conversations"], known[record["id"]]
+        assert record["image"] == before["image"] and asked["value"] == f"<image>\n{made.PROMPT}"
+        assert len(told["value"].split()) > len(before["conversations"][1]["value"].split())

@@ -11,6 +11,7 @@ out, like an image that cannot be read: counted, and named beside the chunk.
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +31,7 @@ PROMPT = "Please generate detailed descriptions of the given image."
 SOURCES = Path(__file__).parents[1] / "sources.yaml"
 CHUNK = 512  # records of a file: the most that a stop can cost
 FEW, DISTINCT = 24, 0.5  # from so many words on, this share of its runs of 4 words are distinct
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")  # 一, two
 
 
 def find_source(name: str, samples: int) -> Source:
@@ -44,7 +46,7 @@ def find_source(name: str, samples: int) -> Source:
 
 def fault(answer: Answer) -> str:
     """What is wrong with a caption, or nothing."""
-    words = answer.text.split()
+    words = WORD.findall(answer.text)  # a Chinese character is one
     if not words:
         return "empty"
     if answer.cut:

@@ -1,0 +1,27 @@
+"""Re-captions of the nano world: what the committed model in demo/nano says about the images that
+raw captions go with. `python -m nanollava recaption` does the same for any source and model.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import world
+
+from nanollava.generate import load
+from nanollava.sources import tool
+
+PROMPT = "Describe the image in detail."  # as the nano model knows it
+recaption = tool("recaption")
+
+
+def recaptions(split: str, count: int, seed: int) -> Iterator[dict]:
+    """The images of `short_captions`, described anew; fewer than `count` where some are no good."""
+    assistant = load(Path(__file__).parents[2] / "demo/nano")
+    found = world.short_captions(split, count, seed)
+    while some := [*islice(found, recaption.CHUNK)]:
+        kept, _ = recaption.describe(assistant, some, PROMPT, 256, "re-captions")
+        for row in kept:
+            talk = row["conversations"]
+            yield {"id": row["id"], "image": row["image"]["bytes"], "conversations": talk,
+                   "source": "recaptions"}  # fmt: skip
