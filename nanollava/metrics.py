@@ -21,19 +21,19 @@ def anls(prediction: str, reference: str) -> float:
 
 
 def relaxed(prediction: str, reference: str) -> float:
-    """Numbers within 5% of the reference, anything else equal but for case."""
+    """Numbers within 5% of a reference that is not 0, anything else equal but for case."""
     try:
-        p, r = (float(x.strip().removesuffix("%")) / (100 if x.strip().endswith("%") else 1)
+        p, r = (float(x.rstrip("%")) / 100 if x.endswith("%") else float(x)
                 for x in (prediction, reference))  # fmt: skip
     except ValueError:
-        return float(prediction.strip().lower() == reference.strip().lower())
-    return float(abs(p - r) <= 0.05 * abs(r)) if r else float(p == r)
+        r = 0.0
+    return float(abs(p - r) / abs(r) <= 0.05 if r else prediction.lower() == reference.lower())
 
 
 def edit(prediction: str, reference: str) -> float:
     """The closed form of SynthDOG's tree edit score: max(0, 1 - (1 + edits) / (length + 1))."""
-    edits = Levenshtein.distance(prediction.lower().strip(), reference)
-    return max(0.0, 1 - (1 + edits) / (len(reference) + 1))
+    edits = Levenshtein.distance(prediction.lower().strip(), reference.strip())
+    return max(0.0, 1 - (1 + edits) / (len(reference.strip()) + 1))
 
 
 def facts(prediction: str, reference: str) -> float:

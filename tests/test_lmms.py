@@ -5,12 +5,14 @@ pip install lmms-eval==0.7.3        # an extra: without it these tests are skipp
 
 import io
 import json
+import random
 
 import datasets
 import pytest
 from launching import ROOT
 from PIL import Image
 
+from nanollava import metrics
 from nanollava.evaluate import Answer
 from nanollava.sources import import_file
 
@@ -144,3 +146,51 @@ def test_an_unknown_key_is_named(local):
     local("docvqa_val")
     with pytest.raises(ValueError, match="max_gird"):
         run("docvqa_val", max_gird="3x3")
+
+
+def theirs(file):
+    """A file of lmms-eval's tasks."""
+    import lmms_eval.tasks
+
+    return import_file(f"{lmms_eval.tasks.__path__[0]}/{file}.py")
+
+
+def test_our_metrics_are_lmms_evals():
+    """On random answers: words, numbers, percents, case and spaces."""
+    from lmms_eval.api.metrics import anls
+
+    donut = theirs("synthdog/donut_evaluator").JSONParseEvaluator()
+    chart = theirs("chartqa/utils")
+    rng = random.Random(0)
+    words = [
+        "tax",
+        "305",
+        "Tax",
+        "3.05",
+        "5%",
+        "0.05",
+        "0",
+        "0.0",
+        "-2",
+        "ROOM",
+        "7",
+        "1,000",
+        ",",
+        "%",
+        ".",
+        "yes",
+        "_",
+    ]
+    for _ in range(3000):
+        said, true = (
+            rng.choice(" x").join(rng.choices(words, k=rng.randint(1, 3))) for _ in range(2)
+        )
+        near = true[: rng.randint(0, len(true))] + rng.choice(("", "x", "5"))
+        for p in (said, near, true, "", f" {true} "):
+            assert metrics.anls(p, true) == pytest.approx(anls([true], [p])["anls"]), (p, true)
+            assert metrics.relaxed(p, true) == chart.relaxed_correctness(p, true), (p, true)
+    for _ in range(300):
+        true = " ".join(rng.choices([*words, ""], k=rng.randint(1, 6)))
+        said = true[: rng.randint(0, len(true))] + rng.choice(("", "x", "abc"))
+        score = donut.cal_acc({"output": said.lower().strip()}, {"text_sequence": true})
+        assert metrics.edit(said, true) == pytest.approx(max(0, score)), (said, true)
