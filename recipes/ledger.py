@@ -111,8 +111,8 @@ def ledger() -> str:
         "Every row of the blog's tables: what it printed, the command that trains it, and where it "
         "differs from the blog or from its released code, read off the resolved recipe by `python "
         "recipes/ledger.py`. **Ours: not run**, in every row: this was built without a GPU or a "
-        "download, and the kit does not score the blog's benchmarks yet. Rows that need several "
-        "GPUs want `composer -n N`; nano results are in the notebooks.",
+        "download; `evaluate RUN --tasks blog --beside T1:0` scores one. Rows that need several "
+        "GPUs want `composer -n N`; nano results are in the notebooks and in RESULTS.md.",
         "",
     ]
     lines += [f"- {letter}: {note}." for letter, (note, _) in NOTES.items()]

@@ -51,11 +51,11 @@ def write_recipe(folder: Path) -> Path:
     return file
 
 
-def command(*words: str, code: int = 0) -> str:
+def command(*words: str, code: int = 0, cwd: Path | None = None) -> str:
     """Run `python WORDS`; returns its output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, *map(str, words)], env=environment, capture_output=True, text=True
+        [sys.executable, *map(str, words)], env=environment, cwd=cwd, capture_output=True, text=True
     )
     assert (done.returncode == 0) == (code == 0), done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -9,11 +9,11 @@ import random
 
 import datasets
 import pytest
-from launching import ROOT
+from launching import ROOT, command
 from PIL import Image
 
 from nanollava import metrics
-from nanollava.evaluate import Answer
+from nanollava.evaluate import Answer, read_lines
 from nanollava.sources import import_file
 
 pytest.importorskip("lmms_eval", reason="the extra `eval` is not installed")
@@ -194,3 +194,40 @@ def test_our_metrics_are_lmms_evals():
         said = true[: rng.randint(0, len(true))] + rng.choice(("", "x", "abc"))
         score = donut.cal_acc({"output": said.lower().strip()}, {"text_sequence": true})
         assert metrics.edit(said, true) == pytest.approx(max(0, score)), (said, true)
+
+
+def test_two_processes_answer_what_one_does(tmp_path):
+    """Each its share; `accelerate launch` starts no second process on a CPU, torchrun does."""
+    rows = [vqa(i) | {"image": io.BytesIO(), "answer": f"word{i}"} for i in range(5)]
+    for i, row in enumerate(rows):
+        page(i).save(row["image"], "PNG")
+        row["image"] = {"bytes": row["image"].getvalue(), "path": None}
+    features = datasets.Features({"question": datasets.Value("string"), "image": datasets.Image(),
+                                  "answer": datasets.Value("string")})  # fmt: skip
+    rows = [{key: row[key] for key in features} for row in rows]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/local.yaml").write_text(f"""
+task: local
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.parquet}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.picture
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{max_new_tokens: 5}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+""")
+    (tmp_path / "tasks/utils.py").write_text("def picture(doc):\n    return [doc['image']]\n")
+
+    def answers(n):
+        launch = ("-m", "torch.distributed.run", "--nproc-per-node", n)
+        command(*launch, "-m", "lmms_eval", "--model", "nanollava", "--tasks", "local",
+                "--model_args", f"{DEMO},answers={tmp_path}/{n}",
+                "--include_path", tmp_path / "tasks", cwd=tmp_path)  # fmt: skip
+        files = sorted((tmp_path / str(n)).glob("answers*.jsonl"))
+        return len(files), {r["key"]: r["text"] for file in files for r in read_lines(file)}
+
+    (one, alone), (two, shared) = answers(1), answers(2)
+    assert (one, two) == (1, 2) and alone == shared and len(alone) == 5

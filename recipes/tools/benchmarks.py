@@ -2,6 +2,7 @@
 
     python -m nanollava evaluate runs/mine --tasks blog
     python -m nanollava evaluate runs/mine --tasks docvqa_val,pope --limit 100
+    composer -n 8 -m nanollava evaluate runs/mine --tasks blog
 
 What was scored is a line of benchmarks.jsonl in the run's folder, and every answer is kept: the
 same command goes on where it was stopped. What cannot be scored is named with its reason.
@@ -121,6 +122,8 @@ def score(model: Any, task: str, manager: Any, limit: int) -> dict[str, float]:
         bootstrap_iters=0, log_samples=True, verbosity="ERROR",
     )  # fmt: skip
     values = {}
+    if found is None:  # the first process has them
+        return values
     for name, value in found["results"][task].items():
         metric = name.split(",")[0]
         if isinstance(value, int | float) and "stderr" not in metric:
@@ -180,7 +183,8 @@ def scored(model: Any, task: str, manager: Any, asked: dict[str, Any], file: Pat
     found = next((row for row in read_lines(file) if key.items() <= row.items()), None)
     if found is None:
         found = {**key, "values": score(model, task, manager, asked["limit"])}
-        add_line(file, found)
+        if found["values"]:
+            add_line(file, found)
     return found["values"] | {"judge": key["judge"]}
 
 
@@ -206,4 +210,5 @@ def main(run: Path, names: Sequence[str], limit: int = 0, beside: str = "T4:0") 
             rows[task] = scored(model, task, manager, asked, run / "benchmarks.jsonl")
         except (OSError, ValueError, RuntimeError, KeyError, ImportError, SystemExit) as error:
             reasons[task] = f"{error}".split("\n")[0][:200] or type(error).__name__
-    show(rows, reasons, beside, limit)
+    if os.environ.get("RANK", "0") == "0":
+        show(rows, reasons, beside, limit)

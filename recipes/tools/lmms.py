@@ -13,10 +13,12 @@ before is not asked again.
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 
@@ -49,6 +51,8 @@ class Nanollava(lmms):
         max_batch_size: int | None = None, answers: str = "", **visual: Any,
     ):  # fmt: skip
         super().__init__()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         self.kept = Path(answers) if answers else None
         self.begins = f"{weights_digest(Path(pretrained))}, {max_frames} frames"
         self.assistant, self.frames, self.batch_size = load(pretrained, device), max_frames, 1
