@@ -71,7 +71,7 @@ def score(run: Path, tasks: list[str], limit: int, keys: Recipe | None = None) -
     if not dist.is_initialized() or dist.get_rank() == 0:
         evaluation.show(rows)
         if keys is not None:
-            typer.echo(f"\nNext: {evaluation.save_sample(assistant, run)}")
+            typer.echo(f"\nNext: {tool('sample').save_sample(assistant, run)}")
 
 
 @app.command()

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from nanollava.anyres import Visual, open_image
 from nanollava.metrics import METRICS
-from nanollava.prompts import PLACEHOLDER, Turn, read_turns
+from nanollava.prompts import Turn, read_turns
 from nanollava.recipe import Recipe, Source, Task, with_visual
 from nanollava.sequence import Document, Writer
 from nanollava.sources import images_of, records
@@ -74,7 +74,8 @@ def answer_all(
         while documents:
             n = max(1, BATCH // (len(documents[0][1].ids) + room))
             batch, documents = documents[:n], documents[n:]
-            found = assistant.answer([d for _, d in batch], room)
+            then = documents[0][1].head if documents else None
+            found = assistant.answer([d for _, d in batch], room, then)
             for (i, document), (text, cut) in zip(batch, found, strict=True):
                 answers[i] = Answer(text, sum(lay.tokens for lay in document.layouts), cut)
             bar.update(len(batch))
@@ -183,26 +184,6 @@ def add_line(file: Path, row: dict) -> None:
     torn = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
     with file.open("a") as out:
         out.write("\n" * torn + json.dumps(row) + "\n")
-
-
-def save_sample(assistant: Any, run: str | Path) -> str:
-    """Write an image of the first task, one that is answered right if there is one soon, into the
-    run folder; returns the command that asks about it.
-    """
-    recipe, file = assistant.model.recipe, Path(run) / "sample.png"
-    task = next(task for task in recipe.tasks.values() if task)
-    score, total = METRICS[task.metric]
-    told = f"python -m nanollava chat {run} IMAGE QUESTION"
-    few = replace(task, samples=min(20, task.samples or 20))
-    for turns, images, reference in questions(few, recipe.seed):
-        if images:
-            question = turns[-1].text.replace(PLACEHOLDER, "").strip()
-            answer = assistant.chat(images[0], question, max_new_tokens=task.max_new_tokens)
-            file.write_bytes(images[0])
-            told = f'python -m nanollava chat {run} {file} "{question}"  # true: {reference}'
-            if total(np.array([score(answer, reference)], dtype=float)) == 1:
-                break
-    return told
 
 
 def show(rows: Sequence[dict]) -> None:

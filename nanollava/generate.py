@@ -82,6 +82,7 @@ class Assistant:
     def __init__(self, model: VLM):
         self.model = model.eval()
         self.memory = Cache([]), [], (0, 0)  # of the last conversation: what its ids left, its head
+        self.heads: tuple[dict, Cache | None] = {}, None  # that the next documents share
         self.seen: Seen | None = None  # after a chat
 
     @torch.inference_mode()
@@ -123,23 +124,36 @@ class Assistant:
         return ids
 
     @torch.inference_mode()
-    def _read_heads(self, documents: Sequence[Document], room: int) -> Cache | None:
-        """Where some share their images and the words before them: a cache of those, read once."""
-        heads = {d.head: d for d in documents}
-        if len(heads) == len(documents) or not all(d.layouts for d in documents):
+    def _read_heads(
+        self, documents: Sequence[Document], room: int, then: tuple[int, int] | None
+    ) -> Cache | None:
+        """A cache of what documents share with each other, with those before or the one to come:
+        their images and the words before them, read once. None where nothing is shared.
+        """
+        heads, (places, cache) = {d.head: d for d in documents}, self.heads
+        shared = len(heads) < len(documents) or heads.keys() & {then, *places}
+        if not shared or not all(d.layouts for d in documents):
             return None
-        row = pack([replace(d, ids=d.ids[:n], labels=d.labels[:n]) for (n, _), d in heads.items()],
-                   self.model.row.tile).to(self.model.newline.device)  # fmt: skip
-        cache = Cache(row.lengths)
-        with self.model.autocast():
-            self._next(self.model.embed(row), row.positions, list(row.lengths), cache)
-        of, most = [[*heads].index(d.head) for d in documents], [len(d.ids) for d in documents]
-        return cache.fork(of, [n + room for n in most], [d.head[0] for d in documents])
+        if not heads.keys() <= places.keys():
+            parts = [replace(d, ids=d.ids[:n], labels=d.labels[:n]) for (n, _), d in heads.items()]
+            row = pack(parts, self.model.row.tile).to(self.model.newline.device)
+            places, cache = {head: i for i, head in enumerate(heads)}, Cache(row.lengths)
+            with self.model.autocast():
+                embeds = self.model.embed(row)
+            self._next(embeds, row.positions, list(row.lengths), cache)
+        self.heads = (places, cache) if then in places else ({}, None)
+        of, most = [places[d.head] for d in documents], [len(d.ids) + room for d in documents]
+        return cache.fork(of, most, [d.head[0] for d in documents])
 
-    def answer(self, documents: Sequence[Document], room: int) -> list[tuple[str, bool]]:
-        """Answers to a batch of prompts, each of at most `room` tokens; True: it was cut there."""
+    def answer(
+        self, documents: Sequence[Document], room: int, then: tuple[int, int] | None = None
+    ) -> list[tuple[str, bool]]:
+        """Answers to a batch of prompts, each of at most `room` tokens; True: it was cut there.
+
+        `then`: the head of the next document, if it is known.
+        """
         written: list[list[int]] = [[] for _ in documents]
-        if cache := self._read_heads(documents, room):
+        if cache := self._read_heads(documents, room, then):
             documents = [d.after(n) for d, n in zip(documents, cache.used, strict=True)]
         for step in self.stream(documents, room, cache):
             for ids, token in zip(written, step, strict=True):

@@ -12,6 +12,7 @@ from launching import ROOT
 from nanollava.anyres import Visual, open_image
 from nanollava.evaluate import (
     add_line,
+    answer_all,
     chance,
     evaluate,
     interval,
@@ -114,6 +115,14 @@ def test_questions_on_the_same_images_read_them_once(monkeypatch):
     assert shown == [4], "two images alone, and two together"
     assert together == [assistant.answer([d], 7)[0] for d in documents]
     assert len({text for text, _ in together}) > 2, "all alike would prove nothing"
+    shown.clear()
+    monkeypatch.setattr("nanollava.evaluate.BATCH", 1)  # one each, as with many tokens an image
+    turns = [[Turn("user", "<image>\n" * len(of) + text, len(of))] for of, text in asked]
+    images = [[drawn[i]["image"] for i in of] for of, _ in asked]
+    items = [*zip(turns, images, strict=True)]
+    found = answer_all(assistant, writer, items, 7, "alone")
+    assert [(a.text, a.cut) for a in found] == together and sorted(shown) == [1, 1, 2]
+    assert assistant.heads == ({}, None), "nothing is kept"
     plain = writer([Turn("user", "no image", 0)], [], answer=True)
     mixed = assistant.answer([documents[0], documents[2], plain], 7)
     assert mixed[:2] == [together[0], together[2]] and mixed[2] == assistant.answer([plain], 7)[0]
