@@ -7,9 +7,10 @@ share. A nano task is named nano-something: it is no benchmark.
 
 import hashlib
 import json
+import os
 import string
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,12 +54,13 @@ class Answer(NamedTuple):
 
 
 def answer_all(
-    assistant: Any, writer: Writer, items: Sequence[tuple], room: int, title: str
-) -> list[Answer]:
+    assistant: Any, writer: Writer, items: Sequence[tuple], room: int, title: str,
+    keep: Callable[[tuple, Answer], None] = lambda *_: None,
+) -> list[Answer]:  # fmt: skip
     """Answers to items (turns, images, ...) of at most `room` tokens, with a progress bar.
 
     A question that is too long or whose image cannot be read is named, and its answer is empty:
-    it counts as wrong.
+    it counts as wrong. `keep` gets each item and its answer as it comes.
     """
     answers = [Answer()] * len(items)
     bar = tqdm(total=len(items), desc=title, disable=None, leave=False)
@@ -78,6 +80,7 @@ def answer_all(
             found = assistant.answer([d for _, d in batch], room, then)
             for (i, document), (text, cut) in zip(batch, found, strict=True):
                 answers[i] = Answer(text, sum(lay.tokens for lay in document.layouts), cut)
+                keep(items[i], answers[i])
             bar.update(len(batch))
     bar.close()
     return answers
@@ -181,9 +184,10 @@ def read_lines(file: Path) -> list[dict]:
 
 def add_line(file: Path, row: dict) -> None:
     """Append a row, after half a line on a line of its own."""
-    torn = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
-    with file.open("a") as out:
-        out.write("\n" * torn + json.dumps(row) + "\n")
+    with file.open("ab+") as out:
+        out.seek(-min(1, out.tell()), os.SEEK_END)
+        torn = out.read() not in (b"", b"\n")
+        out.write(("\n" * torn + json.dumps(row) + "\n").encode())
 
 
 def show(rows: Sequence[dict]) -> None:

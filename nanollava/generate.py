@@ -133,6 +133,7 @@ class Assistant:
         heads, (places, cache) = {d.head: d for d in documents}, self.heads
         shared = len(heads) < len(documents) or heads.keys() & {then, *places}
         if not shared or not all(d.layouts for d in documents):
+            self.heads = {}, None
             return None
         if not heads.keys() <= places.keys():
             parts = [replace(d, ids=d.ids[:n], labels=d.labels[:n]) for (n, _), d in heads.items()]
@@ -192,9 +193,10 @@ class Assistant:
     def _speak(self, document: Document, glyphs: tuple[float, ...], room: int) -> Iterator[str]:
         """Pieces of one answer; keeps its keys and values for the next question."""
         ids, start = document.ids.tolist(), time.perf_counter()
-        kept, known, head = self.memory
-        skip = len(commonprefix([ids[:-1], known])) if document.head == head else 0
-        cache = kept.fork([0], [len(ids) + room], [skip])
+        if document.head != self.memory[2]:  # none of it can be used again
+            self.memory = Cache([]), [], document.head
+        skip = len(commonprefix([ids[:-1], self.memory[1]]))
+        cache = self.memory[0].fork([0], [len(ids) + room], [skip])
         self.seen = Seen(document, self.model.row.side**2, glyphs, skip)
         written, said = self.seen.written, ""
         for (token,) in self.stream([document.after(skip)], room, cache):

@@ -186,7 +186,7 @@ def load(folder: str | Path, device: str = "cpu") -> VLM:
         state = load_tensors(folder / "model.safetensors")
     model = VLM(recipe, weights="random")
     fill(model, state, folder)
-    if device == "cuda" and recipe.precision == "auto":
+    if device.startswith("cuda") and recipe.precision == "auto":
         model.llm.bfloat16()  # once, where autocast would cast all of it for every token
     return model.eval().to(device)
 

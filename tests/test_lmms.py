@@ -6,9 +6,11 @@ pip install lmms-eval==0.7.3        # an extra: without it these tests are skipp
 import io
 import json
 import random
+from types import SimpleNamespace
 
 import datasets
 import pytest
+from conftest import film
 from launching import ROOT, command
 from PIL import Image
 
@@ -38,6 +40,11 @@ def vqa(i, **more):
     return {"question": f"What is it, {i}?", "image": page(i), "answers": [f"word{i}"] * 10, **more}
 
 
+SYNTHDOG = (
+    "OCR this image section by section, from top to bottom, and left to right. Do not insert line "
+    "breaks in the output text. If a word is split due to a line break in the image, use a space "
+    "instead."
+)
 ROWS = {  # task: (split, row i, the question as the model is asked it, a right answer, its metric)
     "docvqa_val": ("validation", lambda i: vqa(i, questionId=str(i)), "What is it, 1?" + SINGLE,
                    "word1", "anls"),
@@ -67,7 +74,8 @@ ROWS = {  # task: (split, row i, the question as the model is asked it, a right 
                                     "question_type": "Regular Text Recognition"},
                  "what is written, 1?", "word1", "ocrbench_accuracy"),
     "synthdog_en": ("validation", lambda i: {"image": page(i), "ground_truth": json.dumps(
-        {"gt_parse": {"text_sequence": f"a page {i}"}})}, None, "a page 1", "tree_edit_distance"),
+        {"gt_parse": {"text_sequence": f"a page {i}"}})}, SYNTHDOG, "a page 1",
+        "tree_edit_distance"),
     "mme": ("test", lambda i: {"question_id": f"a/{i // 2}.png", "image": page(i),
                                "question": f"Is it {i}? Please answer yes or no.",
                                "category": "OCR", "answer": ("Yes", "No")[i % 2]},
@@ -83,7 +91,17 @@ ROWS = {  # task: (split, row i, the question as the model is asked it, a right 
         "question_type": "free_form", "answer_type": "integer", "choices": [], "unit": "",
         "precision": 0, "query": "", "metadata": {}},
         "How many, 1?\nAnswer the question using a single integer number.", "1", "accuracy"),
+    "cmmmu_val": ("val", lambda i: {
+        "id": f"{i}", "type": "选择", "question": f"是什么，{i}？<img=\"a.png\">",
+        "answer": "AB"[i], "option1": "猫", "option2": "狗", "option3": "牛", "option4": "马",
+        "subcategory": "x", "category": "艺术与设计", "image_1": page(i),
+        **{f"image_{k}_filename": "a.png" if k == 1 else "none" for k in range(1, 6)}},
+        "请回答以下多项选择题，并选出正确选项。这些题目可能包括单选和多选题型。"
+        "如果所提供的信息不足以确定一个明确的答案，"
+        "那么请根据可用的数据和你的判断来选择最可能正确的选项。\n\n问题：是什么，1？<图片 1>\n"
+        "选项：\n(A) 猫\n(B) 狗\n(C) 牛\n(D) 马\n\n正确答案：\n", "B", "cmmmu_acc"),
 }  # fmt: skip
+GUESSES = ("mmmu_val_2024", "cmmmu_val")
 
 
 @pytest.fixture
@@ -107,25 +125,30 @@ def run(task, **more):
 
 
 @pytest.mark.parametrize("task", ROWS)
-def test_the_blogs_tasks_ask_in_their_words_and_score_right_answers(task, local, monkeypatch):
+def test_the_blogs_tasks_ask_in_their_words_and_tell_right_from_wrong(task, local, monkeypatch):
     local(task)
     _, row, question, right, metric = ROWS[task]
-    seen = []
-
-    def answer_all(assistant, writer, items, room, title):
-        seen.extend((turns, len(images), room) for turns, images, *_ in items)
-        answers = {0: right.replace("1", "0").replace("No", "Yes"), 1: right}
-        return [Answer(answers[i] if task != "chartqa" else f"{i}5") for _, _, i, _ in items]
-
-    monkeypatch.setattr(lmms, "answer_all", answer_all)
-    found = run(task)["results"][task]
-    ((turn,), images, room), ((other,), *_) = seen
-    assert images == turn.images == 1 and turn.text.startswith("<image>\n")
-    if question:
-        assert other.text == f"<image>\n{question}"
-    score = next(v for k, v in found.items() if k.startswith(metric) and "stderr" not in k)
     best = {"mme": 200, "ocrbench": 2 / 1000, "synthdog_en": 2 * (1 - 1 / 9)}.get(task, 1)
-    assert score == pytest.approx(best), found
+    zero = row(0).get("answer", "") if task in ("chartqa", "cmmmu_val") else None
+    right = {0: zero or right.replace("1", "0").replace("No", "Yes"), 1: right}
+    for said, score in ((right, best), ({0: "zebra", 1: "zebra"}, 0)):
+        seen = []
+
+        def answer_all(assistant, writer, items, room, title, keep, said=said, seen=seen):
+            for item in items:
+                seen.append((item[0], len(item[1]), room))
+                keep(item, Answer(said[item[2]]))
+
+        monkeypatch.setattr(lmms, "answer_all", answer_all)
+        found = run(task)["results"][task]
+        ((turn,), images, _), ((other,), *_) = seen
+        assert images == turn.images == 1 and turn.text.startswith("<image>\n")
+        assert other.text == f"<image>\n{question}"
+        values = {k.split(",")[0]: v for k, v in found.items() if "stderr" not in k}
+        if task in GUESSES and not score:  # lmms-eval guesses at what it cannot read
+            assert values[metric] < best or values[metric] == 1
+        else:
+            assert values[metric] == pytest.approx(score), found
 
 
 def test_answers_are_those_of_the_model_at_the_keys_asked_for(local):
@@ -140,6 +163,28 @@ def test_answers_are_those_of_the_model_at_the_keys_asked_for(local):
         ]
         asked = [vqa(i)["question"] + SINGLE for i in (0, 1)]
         assert got == [llava.chat(page(i), q, max_grid=grid) for i, q in enumerate(asked)]
+
+
+def test_several_images_and_frames_are_told_apart_as_in_the_released_code(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(film(40))
+    model = lmms.Nanollava(f"{ROOT}/demo/nano", max_frames=8)
+    parts = [{"type": "image", "url": page(0)}, {"type": "image", "url": page(1)},
+             {"type": "text", "text": "which?"}]  # fmt: skip
+    model.task_dict = {"t": {"test": [parts, [{"type": "video", "url": str(tmp_path / "a.mp4")},
+                                              {"type": "text", "text": "what?"}]]}}  # fmt: skip
+
+    def ask(i):
+        say = lambda doc: [{"role": "user", "content": doc}]  # noqa: E731
+        return model.read(SimpleNamespace(args=("", say, {}, i, "t", "test")))
+
+    kind, (turn,), pictures = ask(0)
+    assert (kind, turn.text, len(pictures)) == ("image", "<image> <image>\nwhich?", 2)
+    kind, (turn,), pictures = ask(1)
+    assert (kind, turn.text, turn.images) == ("video", "<image>" * 8 + "\nwhat?", 8)
+    lay = model.writers["video"](
+        [turn], pictures, answer=True
+    ).layouts  # nano's 6 x 6 features a view become 3 x 3, as 27 x 27 become 14 x 14
+    assert [x.tokens for x in lay] == [9] * 8 and {x.grid for x in lay} == {(0, 0)}
 
 
 def test_an_unknown_key_is_named(local):

@@ -60,11 +60,11 @@ def test_stopped_and_on_other_processes_it_is_the_same_without_doing_it_twice(
     whole, asked = read(run(tmp_path / "whole")), []
     answer = Assistant.answer
 
-    def stopping(self, documents, room):
+    def stopping(self, documents, *more):
         if len(asked) == 1:
             raise KeyboardInterrupt
         asked.append(len(documents))
-        return answer(self, documents, room)
+        return answer(self, documents, *more)
 
     monkeypatch.setattr(Assistant, "answer", stopping)
     with pytest.raises(KeyboardInterrupt):

@@ -1,8 +1,8 @@
 """Tasks of lmms-eval as the blog ran them in May 2024, where lmms-eval 0.7.3 differs, and judged
 ones on data that can be had. Prompts of judges and parsers are lmms-eval's own, read from it.
 
-    lmms_eval --model nanollava --model_args pretrained=RUN --include_path recipes/eval \\
-        --tasks video_dc_2024
+    python -m lmms_eval --model nanollava --model_args pretrained=RUN \\
+        --include_path recipes/eval --tasks video_dc_2024
 """
 
 import importlib.util
@@ -10,27 +10,36 @@ import os
 import re
 from functools import cache
 from pathlib import Path
+from threading import RLock
 from types import ModuleType, SimpleNamespace
-from unittest.mock import patch
 
 import lmms_eval.tasks
 from nanollava_tools import judge
 from PIL import Image
 
 mean, total = judge.mean, sum
+lock = RLock()  # lmms-eval scores in threads; below, its files are imported and parts replaced
+os.environ.setdefault("HF_HOME", str(Path("~/.cache/huggingface").expanduser()))  # as it expects
+
+
+def theirs(name: str) -> ModuleType:
+    """A file of lmms-eval's tasks."""
+    with lock:
+        return imported(name)
 
 
 @cache
-def theirs(name: str) -> ModuleType:
+def imported(name: str) -> ModuleType:
     """A file of lmms-eval's tasks; some of their folders have no name that can be imported, and
     some make a judge when they are, which asks for a key.
     """
     file = Path(lmms_eval.tasks.__file__).parent / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name.replace("/", "_"), file)
-    module = importlib.util.module_from_spec(spec)
-    key = os.environ.get("OPENAI_API_KEY") or "none"
-    with patch.dict(os.environ, {"OPENAI_API_KEY": key}):
-        spec.loader.exec_module(module)
+    module, key = importlib.util.module_from_spec(spec), os.environ.get("OPENAI_API_KEY")
+    os.environ["OPENAI_API_KEY"] = key or "none"
+    spec.loader.exec_module(module)
+    if not key:
+        del os.environ["OPENAI_API_KEY"]
     return module
 
 
@@ -78,8 +87,9 @@ def video_score(doc: dict, results: list[str]) -> dict:
         body = {"model": "", "choices": [{"message": {"content": "not asked"}}]}
         return SimpleNamespace(raise_for_status=lambda: None, json=lambda: body)
 
-    utils.requests = SimpleNamespace(post=post, exceptions=utils.requests.exceptions)
-    utils.get_eval_generic(doc["question"], doc["answer"], results[0], 64, retries=1)
+    with lock:
+        utils.requests = SimpleNamespace(post=post, exceptions=utils.requests.exceptions)
+        utils.get_eval_generic(doc["question"], doc["answer"], results[0], 64, retries=1)
     found = judge.judge(sent["messages"], judge.detail_score, room=64)
     return judge.results(found)
 
@@ -96,8 +106,9 @@ def wild_score(doc: dict, results: list[str]) -> dict:
         sent["content"] = content
         return SimpleNamespace(raw_output="", metadata={"scores": [0, 0]})
 
-    utils._get_pipeline = lambda: pipeline
-    utils.llava_process_results(doc, results)
+    with lock:
+        utils._get_pipeline = lambda: pipeline
+        utils.llava_process_results(doc, results)
     system = "You are a helpful and precise assistant for checking the quality of the answer."
     asked = [{"role": "system", "content": system}, {"role": "user", "content": sent["content"]}]
     return judge.results(judge.judge(asked, pair))
@@ -105,8 +116,11 @@ def wild_score(doc: dict, results: list[str]) -> dict:
 
 def pair(text: str) -> tuple[float, float] | None:
     """The first line's two scores, of GPT-4's answer and of ours."""
-    found = [float(x) for x in re.findall(r"\d+(?:\.\d+)?", text.strip().split("\n")[0])]
-    return (found[0], found[1]) if len(found) > 1 and all(1 <= x <= 10 for x in found[:2]) else None
+    found = re.fullmatch(
+        r"(\d+(?:\.\d+)?)[\s,;]+(\d+(?:\.\d+)?)", text.strip().split("\n")[0].strip()
+    )
+    scores = found and (float(found[1]), float(found[2]))
+    return scores if scores and all(1 <= x <= 10 for x in scores) else None
 
 
 def relative(found: list[dict]) -> float | None:
@@ -132,10 +146,10 @@ def math_picture(doc: dict) -> list[Image.Image]:
 def bare(said: str, doc: dict) -> str | None:
     """The answer in a response that is nothing else: a choice, its letter, a number, a list."""
     if doc["question_type"] == "multi_choice":
-        letter = re.match(r"\(?([A-Z])\)?(?:[.:\s]|$)", said)
-        place = ord(letter[1]) - ord("A") if letter else len(doc["choices"])
-        known = doc["choices"][place : place + 1]
-        return said if said in doc["choices"] else known[0] if known else None
+        found = {choice: choice for choice in doc["choices"]}
+        for a, choice in zip("ABCDEFGHIJKLMNOP", doc["choices"], strict=False):
+            found |= dict.fromkeys((a, f"({a})", f"{a}. {choice}", f"({a}) {choice}"), choice)
+        return found.get(said)
     number = r"-?\d[\d,]*(?:\.\d+)?"
     if doc["answer_type"] in ("integer", "float"):
         return said.replace(",", "") if re.fullmatch(number, said) else None

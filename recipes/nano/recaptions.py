@@ -1,5 +1,6 @@
 """Re-captions of the nano world: what the committed model in demo/nano says about the images that
-raw captions go with. `python -m nanollava recaption` does the same for any source and model.
+raw captions go with. `python -m nanollava recaption` does the same for any source and model. Its
+shards do not know when that model is trained anew: delete data/*/recaptions-* then.
 """
 
 from collections.abc import Iterator

@@ -11,8 +11,9 @@ same command goes on where it was stopped. What cannot be scored is named with i
 import difflib
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,44 +92,73 @@ def price(column: Column, questions: int) -> str:
     return told
 
 
-def asked_of(column: Column, limit: int) -> int:
-    """How many questions a judged task asks."""
-    own = Path(f"data/{column.task.replace('_own', '')}")
-    n = column.judged[0] or sum(1 for f in own.glob("*") if not f.name.startswith("."))
-    return min(n, limit or n)
+def own_images(task: str) -> Path:
+    """The folder of an Image-DC of one's own."""
+    return Path(f"data/{task.replace('_own', '')}")
 
 
-def judge_of(task: str, limit: int) -> str:
-    """The judge of a judged task, after telling what it costs; ValueError where there is none."""
+def tell_price(task: str, limit: int) -> None:
+    """Tell what a judged task costs at most: kept judgements cost nothing."""
+    if not (column := judge_column(task)) or os.environ.get("RANK", "0") != "0":
+        return
+    if n := column.judged[0] or len([*own_images(task).glob("*")]):
+        print(f"{task}: a judge is asked at most {price(column, min(n, limit or n))}")
+
+
+def judge_column(task: str) -> Column | None:
+    """The column of a judged task."""
     column = BLOG.get(COLUMNS.get(task, ""))
-    if not column or not column.judged:
-        return ""
-    if not (questions := asked_of(column, limit)):
-        raise ValueError(f"put your images into data/{task.replace('_own', '')}")
-    print(f"{task}: a judge is asked {price(column, questions)}")
-    return tool("judge").judge_id()
+    return column if column and column.judged else None
 
 
-def score(model: Any, task: str, manager: Any, limit: int) -> dict[str, float]:
-    """Metric -> value of one task, as lmms-eval's evaluator finds them."""
+def judge_of(task: str) -> dict[str, str]:
+    """What a judged task's score depends on besides; ValueError where it cannot be had."""
+    if not (column := judge_column(task)):
+        return {}
+    own = sorted((f.name, f.stat().st_size) for f in own_images(task).glob("*"))
+    if not column.judged[0] and not own:
+        raise ValueError(f"put your images into {own_images(task)}")
+    url = os.environ.get("OPENAI_API_URL", "")
+    return {"judge": tool("judge").judge_id(), "endpoint": url, "images": f"{own}"}
+
+
+def load(task: str, manager: Any) -> Any:
+    """lmms-eval's task with its data; ValueError for data without a column that it reads."""
     from lmms_eval.api.task import ConfigurableTask
-    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import get_task_dict
     from tenacity import stop_after_attempt
 
-    download = ConfigurableTask.download.retry  # a minute of tries would hide the reason
-    download.stop, download.reraise = stop_after_attempt(1), True
+    for part in (ConfigurableTask.download, ConfigurableTask.process_results):
+        part.retry.stop, part.retry.reraise = stop_after_attempt(1), True  # the reason, at once
+    found = get_task_dict([task], manager, "chat")[task]
+    target, columns = found.config.doc_to_target, found.eval_docs_no_media.column_names
+    if isinstance(target, str) and target.isidentifier() and target not in columns:
+        raise ValueError(f"its data have no column {target!r}, only {columns}")
+    return found
+
+
+def score(model: Any, task: str, manager: Any, limit: int, folder: Path) -> dict[str, Any]:
+    """Metric -> value of one task, as lmms-eval's evaluator finds them."""
+    from lmms_eval.evaluator import simple_evaluate
+
+    judged, model.wrong = bool(judge_column(task)), []
+    args = Namespace(process_with_media=False, output_path=str(folder))  # answers need no images
     found = simple_evaluate(
-        model=model, tasks=[task], task_manager=manager, limit=limit or None, batch_size=1,
-        bootstrap_iters=0, log_samples=True, verbosity="ERROR",
+        model=model, tasks=[load(task, manager)], limit=limit or None, batch_size=1,
+        bootstrap_iters=0, log_samples=True, verbosity="ERROR", cli_args=args,
+        process_docs_parallel=4 if judged else 1,  # some tasks guess at random
     )  # fmt: skip
-    values = {}
     if found is None:  # the first process has them
-        return values
+        return {}
+    values: dict[str, Any] = {"n": len(found["samples"][task]), "unreadable images": model.wrong}
     for name, value in found["results"][task].items():
         metric = name.split(",")[0]
         if isinstance(value, int | float) and "stderr" not in metric:
             values[metric] = float(value)
-    return values | {"n": len(found["samples"][task])}
+    if judged:
+        judges = {row["judge_score"]["model"] for row in found["samples"][task]} - {""}
+        values["judges"] = sorted(judges)
+    return values
 
 
 def value_of(column: Column, values: dict) -> float | None:
@@ -158,34 +188,46 @@ def show(rows: dict[str, dict], reasons: dict[str, str], beside: str, limit: int
         table.add_column(head, justify=side, no_wrap=True)
     for task in [*rows, *reasons]:
         column = COLUMNS.get(task, "")
-        mine, note = ours(task, rows[task], limit) if task in rows else ("-", reasons[task])
-        table.add_row(task, column, mine, f"{row.get(column, '-')}")
+        done = task in rows
+        mine, note = (
+            ours(task, rows[task], limit, beside.partition(":")[0])
+            if done
+            else ("-", reasons[task])
+        )
+        blog = row.get(column, row.get(column.removesuffix("_img"), "-"))  # T2 calls it scienceqa
+        table.add_row(task, column, mine, f"{blog}")
         notes += [f"{task}: {note}"] if note else []
     Console().print(table)
     print("\n".join(notes))
 
 
-def ours(task: str, values: dict, limit: int) -> tuple[str, str]:
+def ours(task: str, values: dict, limit: int, table: str) -> tuple[str, str]:
     """Our cell, and what is to be said about it."""
     known, states = BLOG.get(COLUMNS.get(task, "")), tool("judge").STATES
-    value = value_of(known, values) if known else None
     notes = [f"the first {values['n']:g}"] if limit else []
+    if task == "mme" and table in ("T2", "T3"):  # as blog.json's notes say
+        known = replace(known, metric="mme_perception_score", unit=100 / 2000)
+        notes.append("perception / 2000, as this table prints it")
+    value = value_of(known, values) if known else None
     notes += [known.note] if known and known.note else []
     if counts := [f"{values[state]:g} {state}" for state in states if values.get(state)]:
-        notes.append(f"{', '.join(counts)} by {values['judge']}")
-    others = [f"{k} {v:.4g}" for k, v in values.items() if k not in ("n", "judge", *states)]
+        notes.append(f"{', '.join(counts)} by {', '.join(values['judges']) or 'no judge'}")
+    if wrong := values["unreadable images"]:
+        notes.append(f"{len(wrong)} unreadable, counted as wrong: {', '.join(wrong[:3])}")
+    others = [f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float) and k not in states]
     return (f"{value:.1f}" if value is not None else ", ".join(others)), "; ".join(notes)
 
 
 def scored(model: Any, task: str, manager: Any, asked: dict[str, Any], file: Path) -> dict:
     """A task's values, as they were measured before or now."""
-    key = {"task": task, "judge": judge_of(task, asked["limit"]), **asked}
+    tell_price(task, asked["limit"])
+    key = {"task": task, **judge_of(task), **asked}
     found = next((row for row in read_lines(file) if key.items() <= row.items()), None)
     if found is None:
-        found = {**key, "values": score(model, task, manager, asked["limit"])}
-        if found["values"]:
+        found = {**key, "values": score(model, task, manager, asked["limit"], file.parent)}
+        if found["values"] and not found["values"].get("failed"):  # else it is asked again
             add_line(file, found)
-    return found["values"] | {"judge": key["judge"]}
+    return found["values"]
 
 
 def main(run: Path, names: Sequence[str], limit: int = 0, beside: str = "T4:0") -> None:
@@ -201,14 +243,17 @@ def main(run: Path, names: Sequence[str], limit: int = 0, beside: str = "T4:0") 
     logger.add(sys.stderr, level="WARNING")
     row_of(beside)  # what is wrong with it is told now
     manager, rows, reasons = TaskManager("ERROR", include_path=str(FOLDER)), {}, {}
-    tasks = chosen(names, manager.all_tasks)
+    tasks = chosen(names, manager.all_subtasks)
     model = Nanollava(str(run), answers=str(run))
     visual = asdict(model.writers["image"].visual)
     asked = {"weights": weights_digest(run), "limit": limit, "visual": visual}
     for task in tasks:
         try:
             rows[task] = scored(model, task, manager, asked, run / "benchmarks.jsonl")
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SystemExit) as error:
-            reasons[task] = f"{error}".split("\n")[0][:200] or type(error).__name__
+        except (Exception, SystemExit) as error:  # a task is foreign code; the others go on
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                raise  # the other processes would wait for this one
+            told = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+            reasons[task] = f"{told}{error}".split("\n")[0][:200] or type(error).__name__
     if os.environ.get("RANK", "0") == "0":
         show(rows, reasons, beside, limit)

@@ -12,19 +12,20 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from lmms_eval.llm_judge import Request, ServerConfig, get_server
+from lmms_eval.llm_judge import Request, ServerConfig, ServerInterface, get_server
 from PIL.Image import Image
 
 from nanollava.evaluate import add_line, read_lines
 
 STATES = ("judged", "refused", "unreadable", "failed")
-STOP = 3  # questions in a row that the endpoint does not answer
+STOP = 3  # questions in a row without an answer, and no more are asked
 lock, missed = Lock(), []
 
 
@@ -44,63 +45,76 @@ class Judgement:
 
 def judge_id() -> str:
     """The judge asked for; ValueError where none is."""
-    if not os.environ.get("OPENAI_API_KEY") or not os.environ.get("MODEL_VERSION"):
+    kind = os.environ.get("API_TYPE", "openai")
+    if kind.startswith("async"):
+        raise ValueError(f"API_TYPE={kind} cannot be asked from several threads; drop async_")
+    if not os.environ.get("MODEL_VERSION") or (
+            kind == "openai" and not os.environ.get("OPENAI_API_KEY")):  # fmt: skip
         raise ValueError("needs a judge: set MODEL_VERSION, OPENAI_API_KEY and, unless it is "
                          "OpenAI's, OPENAI_API_URL")  # fmt: skip
     return os.environ["MODEL_VERSION"]
 
 
 def kept_in() -> Path:
-    """Where judgements are kept."""
-    return Path(os.environ.get("NANOLLAVA_JUDGED", "data/judged.jsonl"))
+    """Where judgements are kept; each process has a file of its own."""
+    file = Path(os.environ.get("NANOLLAVA_JUDGED", "data/judged.jsonl"))
+    return file.with_stem(file.stem + os.environ.get("RANK", "0").strip("0"))
 
 
 @cache
 def known(file: Path) -> dict[str, dict]:
-    """Key -> what was said, of a file."""
-    return {row["key"]: row for row in read_lines(file)}
+    """Key -> what was said, of a file and those of other processes."""
+    files = file.parent.glob(f"{file.stem.rstrip('0123456789')}*{file.suffix}")
+    return {row["key"]: row for each in sorted(files) for row in read_lines(each)}
 
 
 @cache
-def server(model: str, kind: str, url: str, seconds: float, tries: int):
-    """lmms-eval's provider; an endpoint that stalls is left after `seconds`."""
-    found = get_server(kind, ServerConfig(model, num_retries=tries, retry_delay=seconds / 60))
-    if hasattr(found, "client"):  # the others keep lmms-eval's own limit
-        found.client = found.client.with_options(timeout=seconds, max_retries=0)
+def server(model: str, kind: str, url: str, seconds: float) -> ServerInterface:
+    """lmms-eval's provider; OpenAI's client tries four times, and leaves one that stalls."""
+    config = ServerConfig(model, num_retries=1 if kind == "openai" else 3)
+    found = get_server(kind, config)
+    if kind == "openai":
+        found.client = found.client.with_options(timeout=seconds, max_retries=3)
     return found
+
+
+def refused(error: Exception) -> bool:
+    """The endpoint answered: it will not judge this (a content filter, or no text at all)."""
+    none = isinstance(error, AttributeError) and "'strip'" in str(error)  # of lmms-eval's provider
+    return none or type(error).__name__ == "BadRequestError"
 
 
 def ask(messages: Sequence[dict], images: Sequence[Image] = (), room: int = 1024) -> dict:
     """The judge's {"text", "model"}, new or kept; "text" is "" where it refuses.
 
-    Raises JudgeDown after STOP questions in a row without an answer, OSError for one.
+    Raises OSError for no answer, JudgeDown at once after STOP of those in a row.
     """
-    model = judge_id()
+    model, kind = judge_id(), os.environ.get("API_TYPE", "openai")
+    url = os.environ.get("OPENAI_API_URL", "")
     seen = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
-    key = hashlib.sha256(json.dumps([model, messages, seen, room]).encode()).hexdigest()[:24]
+    asked = [message["content"] for message in messages]
+    key = hashlib.sha256(json.dumps([model, url, asked, seen, room]).encode()).hexdigest()[:24]
     file = kept_in()
     if key in known(file):
         return known(file)[key]
-    seconds, tries = float(os.environ.get("JUDGE_SECONDS", 60)), 3
-    kind, url = os.environ.get("API_TYPE", "openai"), os.environ.get("OPENAI_API_URL", "")
-    asked = server(model, kind, url, seconds, tries)
-    config = ServerConfig(model, max_tokens=room, num_retries=tries, retry_delay=seconds / 60)
+    if len(missed) >= STOP:
+        raise JudgeDown(
+            f"{model} did not answer {STOP} times in a row ({missed[-1]:.200}). "
+            f"{len(known(file))} judgements are kept in {file}: run it again"
+        )
+    provider = server(model, kind, url, float(os.environ.get("JUDGE_SECONDS", 60)))
+    config = replace(provider.config, max_tokens=room)
     try:
-        found = asked.evaluate(Request([*messages], images=[*images], config=config))
-    except Exception as error:  # each provider has its own: whatever it is, there is no answer
-        missed.append(key)
-        told = f"{type(error).__name__}: {str(error) or 'no answer'}"
-        if len(missed) >= STOP:
-            missed.clear()
-            raise JudgeDown(
-                f"{model} did not answer {STOP} times in a row ({told:.200}). "
-                f"{len(known(file))} judgements are kept in {file}: run it again"
-            ) from error
-        raise OSError(f"{model}: {told:.200}") from error
+        found = provider.evaluate(Request(deepcopy([*messages]), images=[*images], config=config))
+        row = {"text": found.content or "", "model": found.model_used or model}
+    except Exception as error:  # each provider has its own
+        if not refused(error):
+            missed.append(f"{type(error).__name__}: {error}")
+            raise OSError(f"{model}: {missed[-1]:.200}") from error
+        row = {"text": "", "model": model}
     with lock:
         missed.clear()
-        row = {"key": key, "text": found.content or "", "model": found.model_used or model}
-        row["asked"] = [message["content"] for message in messages]
+        row = {"key": key, **row, "asked": asked}
         file.parent.mkdir(parents=True, exist_ok=True)
         add_line(file, row)
         known(file)[key] = row

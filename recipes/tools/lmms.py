@@ -15,6 +15,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 
-from nanollava.anyres import open_image
-from nanollava.evaluate import AHEAD, add_line, answer_all, read_lines, weights_digest
+from nanollava.anyres import MAX_PIXELS, open_image
+from nanollava.evaluate import AHEAD, Answer, add_line, answer_all, read_lines, weights_digest
 from nanollava.generate import load
 from nanollava.prompts import PLACEHOLDER, Turn
 from nanollava.recipe import with_visual
@@ -53,7 +54,7 @@ class Nanollava(lmms):
         super().__init__()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        self.kept = Path(answers) if answers else None
+        self.kept, self.wrong = Path(answers) if answers else None, []
         self.begins = f"{weights_digest(Path(pretrained))}, {max_frames} frames"
         self.assistant, self.frames, self.batch_size = load(pretrained, device), max_frames, 1
         model = self.assistant.model
@@ -70,19 +71,18 @@ class Nanollava(lmms):
         kind, turns, pictures, system = "image", [], [], ""
         for message in to_messages(self.task_dict[task][split][name]):
             text, before = "", len(pictures)
-            for part in message["content"]:
+            for part, more in pairwise([*message["content"], {"type": "end"}]):
                 if part["type"] == "text":
                     text += part["text"]
                     continue
                 if part["type"] not in ("image", "video"):
                     raise ValueError(f"{task} {name} holds {part['type']}: only images and videos")
+                found = [part["url"]]
                 if part["type"] == "video":
                     kind = "video"
-                    found = open_video(part["url"], self.frames)
-                else:
-                    found = [part["url"]]
-                pictures += found
-                text += f"{PLACEHOLDER}\n" * len(found)
+                    found = open_video(part["url"], self.frames, 10 * MAX_PIXELS)  # an hour of 720p
+                pictures += found  # several images are told apart by a space, frames are not
+                text += PLACEHOLDER * len(found) + (" " if more["type"] == "image" else "\n")
             if message["role"] == "system":
                 system = f"{text}\n"
                 continue
@@ -102,39 +102,43 @@ class Nanollava(lmms):
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answers, as they were asked; what cannot be read is named, and its answer is empty."""
-        known, answers = {}, []
+        known, answers, waiting, held = {}, [""] * len(requests), [], 0
         for file in self.kept.glob("answers*.jsonl") if self.kept else ():
             known |= {row["key"]: row["text"] for row in read_lines(file)}
-        for start in range(0, len(requests), AHEAD):  # no more images than these in memory
-            answers += self.answer(requests[start : start + AHEAD], known)
-        return answers
-
-    def answer(self, requests: Sequence[Instance], known: dict[str, str]) -> list[str]:
-        """Some requests' answers; new ones are kept."""
-        groups: dict[tuple[str, int], list[tuple]] = {}
-        answers = [""] * len(requests)
         for i, request in enumerate(requests):
             room = int(request.args[2].get("max_new_tokens") or ROOM)
             try:
                 kind, turns, pictures = self.read(request)
                 key = self.key(kind, turns, pictures, room) if self.kept else ""
             except (ValueError, OSError) as error:
-                log.warning("%s %s: %s; counted as wrong", *request.args[4:2:-1], error)
+                self.wrong.append(f"{request.args[4]} {request.args[3]}")
+                log.warning("%s: %s; counted as wrong", self.wrong[-1], error)
                 continue
             if key in known:
                 answers[i] = known[key]
-            else:
-                groups.setdefault((kind, room), []).append((turns, pictures, i, key))
-        for (kind, room), items in groups.items():
-            title = requests[0].task_name
-            found = answer_all(self.assistant, self.writers[kind], items, room, title)
-            for (*_, i, key), answer in zip(items, found, strict=True):
-                answers[i] = answer.text
-                if self.kept:
-                    self.kept.mkdir(parents=True, exist_ok=True)
-                    file = self.kept / f"answers{self.rank or ''}.jsonl"
-                    add_line(file, {"key": key, "text": answer.text})
+                continue
+            waiting.append(((kind, room), (turns, pictures, i, key)))
+            held += len(pictures)
+            if held >= AHEAD:  # no more images than these in memory
+                self.answer(waiting, answers, request.task_name)
+                waiting, held = [], 0
+        if waiting:
+            self.answer(waiting, answers, requests[0].task_name)
         return answers
+
+    def answer(self, waiting: list[tuple], answers: list[str], title: str) -> None:
+        """Fill in the answers to what waits, and keep each as it comes."""
+
+        def keep(item: tuple, answer: Answer) -> None:
+            answers[item[2]] = answer.text
+            if self.kept:
+                self.kept.mkdir(parents=True, exist_ok=True)
+                file = self.kept / f"answers{self.rank or ''}.jsonl"
+                add_line(file, {"key": item[3], "text": answer.text})
+
+        for kind, room in dict.fromkeys(group for group, _ in waiting):
+            items = [item for group, item in waiting if group == (kind, room)]
+            answer_all(self.assistant, self.writers[kind], items, room, title, keep)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Not for this model: the blog's tasks all ask for text."""
