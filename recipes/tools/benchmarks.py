@@ -10,6 +10,7 @@ same command goes on where it was stopped. What cannot be scored is named with i
 
 import difflib
 import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -87,6 +88,8 @@ def price(column: Column, questions: int) -> str:
         f"{questions} questions, about {read / 1e3:,.0f}k tokens read and {said / 1e3:,.0f}k said"
     )
     if prices := os.environ.get("JUDGE_PRICE"):
+        if not re.fullmatch(r"[\d.]+,[\d.]+", prices):
+            raise ValueError(f"JUDGE_PRICE={prices}: expected dollars for a million, read,said")
         each = [float(x) for x in prices.split(",")]
         told += f", ${(read * each[0] + said * each[1]) / 1e6:.2f}"
     return told
