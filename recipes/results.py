@@ -106,14 +106,15 @@ direction.
 
 Scores in %, with half of the 95% t interval over seeds; in brackets what the blog prints for the
 benchmark that the task stands for. Tokens: visual tokens a question. CPU-s: of the last stage, on
-one thread; in brackets the blog's time.
+one thread of a machine with other work, which at times doubled them; in brackets the blog's time.
 
 A claim is a sentence of the blog or what one of its tables prints, the rows that could show it and
 the smallest difference that matters, written into the ablation's file before its runs, or with what
-was known by then. Differences of scores are in points, those of `train` and `infer` are of
-logarithms of CPU seconds, those of `loss` in nats. A claim of a difference shows in the **same
-direction** (or the **opposite** one) where Holm's p over such claims of its table is below 0.05 and
-the difference is as large as matters. A claim of hardly any difference shows where the whole 95%
+was known by then. Differences of scores are in points, those of `train`, `infer` and `flops` are of
+logarithms (of CPU seconds, of the last stage's FLOPs as `plan` counts them), those of `loss` in
+nats. A claim of a difference shows in the **same direction** (or the **opposite** one) where Holm's
+p over such claims of its table is below 0.05 and the difference is as large as matters. A claim of
+hardly any difference shows where the whole 95%
 interval, which is not adjusted for the number of claims, is within (or below) the margin, and is
 contradicted where the interval is outside. Else it is **not resolved**. "Over questions" is what
 other questions could have said about the same models.

@@ -72,7 +72,7 @@ def test_every_row_is_a_recipe_of_the_nano_base_and_every_claim_has_its_rows(fil
         assert all(recipe.tasks[name].samples >= 500 for name in tasks)
     for claim in verdicts.read_claims(file):
         assert {*claim.contrast} <= {*read} and claim.margin > 0 and claim.says
-        assert {*claim.metric} <= tasks | {"loss", "train", "infer"}
+        assert {*claim.metric} <= tasks | verdicts.UNSCORED
 
 
 def test_what_is_refused(tmp_path):
@@ -248,7 +248,7 @@ def test_a_sweep_measures_each_row_and_goes_on_where_it_was(swept):
         task = line["tasks"]["nano-mixed"]
         assert len(task["each"]) == task["n"] == 5 and len(line["losses"]) == 20
         assert {*line["cpu_seconds"]} == {"stage1", "stage1_5", "stage2"}
-        assert all(s > 0 for s in line["cpu_seconds"].values())
+        assert all(s > 0 for s in line["cpu_seconds"].values()) and line["flops"] > 1e6
     tokens = {k: x["tasks"]["nano-mixed"]["tokens"] for k, x in lines.items()}
     assert tokens["grid"] > tokens["fewer tokens"] > tokens["base view"]
     content = (folder / "results/rows.jsonl").read_text()
@@ -390,6 +390,8 @@ def test_losses_and_seconds_can_be_claimed_about():
     keys = {"losses": [9.0] * 18 + [1.0, 2.0], "cpu_seconds": {"stage1": 5.0, "stage2": np.e}}
     one = line("a", 0, 0.5, **keys)
     assert verdicts.value(one, "loss") == 1.5 and verdicts.value(one, "train") == pytest.approx(1)
+    assert verdicts.value(one | {"flops": np.e**2}, "flops") == pytest.approx(2)
+    assert np.isnan(verdicts.value(one, "flops")), "lines of before it was written"
     two = {n: {"cpu_seconds": np.e / 2} for n in "tu"}
     assert verdicts.value(one | {"tasks": two}, "infer") == pytest.approx(1), "of all tasks"
     torn = line("b", 0, 0.5, losses=[1.0], cpu_seconds={"stage2": None})

@@ -155,7 +155,7 @@ def test_the_command(tmp_path):
 
 
 def test_the_nano_worlds_images_are_described_anew():
-    world, made = (import_file(f"{ROOT}/recipes/nano/{n}.py") for n in ("world", "recaptions"))
+    world, made = (import_file(f"{ROOT}/recipes/nano/{n}.py") for n in ("world", "more/recaptions"))
     raw = [*world.short_captions("train", 5, 0)]
     found = [*made.recaptions("train", 5, 0)]
     assert 3 <= len(found) <= 5 and {r["id"] for r in found} <= {r["id"] for r in raw}

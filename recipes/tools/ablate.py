@@ -31,7 +31,7 @@ from nanollava.evaluate import add_line, evaluate, read_lines
 from nanollava.recipe import Recipe, read_recipe, run_keys, used_sources
 from nanollava.sources import tool
 
-rows_of, verdicts = tool("rows"), tool("verdicts")
+plan, rows_of, verdicts = tool("plan"), tool("rows"), tool("verdicts")
 TUNING = 100  # seeds from here on choose settings; their results are no evidence
 ROOT = Path(__file__).parents[2]
 
@@ -124,7 +124,9 @@ def measure(recipe: Recipe, asked: Asked) -> dict[str, Any]:
     if any(asked.tasks.values()):
         keep = ("metric", "score", "n", "chance", "tokens", "cpu_seconds", "each")
         scores = {r["task"]: {k: r[k] for k in keep} for r in evaluate(assistant, run)}
-    return {"losses": [round(float(r["loss"]), 3) for r in losses], "tasks": scores}
+    planned = plan.plan(replace(recipe, stages={last: recipe.stages[last]}))[last]
+    return {"losses": [round(float(r["loss"]), 3) for r in losses], "tasks": scores,
+            "flops": round(planned["flops"])}  # fmt: skip
 
 
 def work(recipe: Recipe, before: str, asked: list[Asked]) -> list[dict]:

@@ -4,7 +4,8 @@
       more grids help InfoVQA:
         says: "increasing #grids can enhance performance on tasks that ..."
         section: "2"
-        metric: nano-info       # a task, several (their mean), loss; train, infer: log of seconds
+        metric: nano-info       # a task, several (their mean), loss; train, infer: log of seconds;
+                                # flops: log of those of the last stage
         contrast: {"6x6, (4+1)T": 1, "2x2, (4+1)T": -1}  # rows and weights
         margin: 0.02            # the smallest difference that matters
         holds: above            # if the contrast is above 0; or at most, within, beyond the margin
@@ -32,7 +33,7 @@ rows_of = tool("rows")
 SAME, OPPOSITE, OPEN = WORDS = ("same direction", "opposite", "not resolved")
 HOLDS = ("above", "at_most", "within", "beyond")
 TESTED = {"above", "beyond"}  # against 0, with Holm's p; the others by their interval
-UNSCORED = {"loss", "train", "infer"}  # metrics that are no scores in 0..1
+UNSCORED = {"loss", "train", "infer", "flops"}  # metrics that are no scores in 0..1
 LEAST = 3  # seeds of a verdict
 
 
@@ -104,9 +105,11 @@ def seconds(line: dict) -> float | None:
 
 
 def value(line: dict, metric: str) -> float:
-    """A measurement's score in a task, its last tenth of losses, or its log of CPU seconds."""
+    """A measurement's score in a task, its last tenth of losses, its log of seconds or FLOPs."""
     if metric == "loss":
         return float(np.mean(line["losses"][-max(1, len(line["losses"]) // 10) :]))
+    if metric == "flops":
+        return log(line["flops"]) if "flops" in line else nan
     if metric == "train":
         return log(seconds(line)) if seconds(line) else nan
     if metric == "infer":

@@ -1,13 +1,17 @@
-"""Films of the nano world: several frames a question, each one base view.
+"""Films of the nano world: several frames a question, each one base view. (Here, and not in the
+world's folder, because a file more there is another content of all its sources.)
 
 `films`: four scenes, and whether a thing is in one of them, asked as of a single picture: a model
 that has seen single pictures alone can know what is wanted.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
-import pages
-import world
+from nanollava.sources import import_file
+
+world = import_file(f"{Path(__file__).parents[1]}/world.py")
+pages = world.pages
 
 
 def films(split: str, count: int, seed: int) -> Iterator[dict]:

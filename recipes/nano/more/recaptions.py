@@ -7,18 +7,17 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-import world
-
 from nanollava.generate import load
-from nanollava.sources import tool
+from nanollava.sources import import_file, tool
 
 PROMPT = "Describe the image in detail."  # as the nano model knows it
-recaption = tool("recaption")
+recaption, HERE = tool("recaption"), Path(__file__).parents[1]
+world = import_file(f"{HERE}/world.py")
 
 
 def recaptions(split: str, count: int, seed: int) -> Iterator[dict]:
     """The images of `short_captions`, described anew; fewer than `count` where some are no good."""
-    assistant = load(Path(__file__).parents[2] / "demo/nano")
+    assistant = load(HERE.parents[1] / "demo/nano")
     found = world.short_captions(split, count, seed)
     while some := [*islice(found, recaption.CHUNK)]:
         kept, _ = recaption.describe(assistant, some, PROMPT, 256, "re-captions")
