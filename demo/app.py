@@ -229,7 +229,7 @@ def written(
 
 def measured(assistant: Assistant) -> str:
     """Time and memory of an assistant's last answer."""
-    cache = assistant.memory.cache
+    cache, *_ = assistant.memory
     held = sum(x.nbytes for layer in cache.buffers.values() for x in layer) if cache else 0
     return speed(assistant.seen, held, psutil.Process().memory_info().rss)
 

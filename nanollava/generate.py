@@ -140,8 +140,7 @@ class Assistant:
             row = pack(parts, self.model.row.tile).to(self.model.newline.device)
             places, cache = {head: i for i, head in enumerate(heads)}, Cache(row.lengths)
             with self.model.autocast():
-                embeds = self.model.embed(row)
-            self._next(embeds, row.positions, list(row.lengths), cache)
+                self._next(self.model.embed(row), row.positions, list(row.lengths), cache)
         self.heads = (places, cache) if then in places else ({}, None)
         of, most = [places[d.head] for d in documents], [len(d.ids) + room for d in documents]
         return cache.fork(of, most, [d.head[0] for d in documents])
