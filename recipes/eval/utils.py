@@ -5,7 +5,6 @@ ones on data that can be had. Prompts of judges and parsers are lmms-eval's own,
         --include_path recipes/eval --tasks video_dc_2024
 """
 
-import importlib.util
 import os
 import re
 from functools import cache
@@ -16,6 +15,8 @@ from types import ModuleType, SimpleNamespace
 import lmms_eval.tasks
 from nanollava_tools import judge
 from PIL import Image
+
+from nanollava.sources import import_file
 
 mean, total = judge.mean, sum
 lock = RLock()  # lmms-eval scores in threads; below, its files are imported and parts replaced
@@ -33,11 +34,9 @@ def imported(name: str) -> ModuleType:
     """A file of lmms-eval's tasks; some of their folders have no name that can be imported, and
     some make a judge when they are, which asks for a key.
     """
-    file = Path(lmms_eval.tasks.__file__).parent / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name.replace("/", "_"), file)
-    module, key = importlib.util.module_from_spec(spec), os.environ.get("OPENAI_API_KEY")
+    key = os.environ.get("OPENAI_API_KEY")
     os.environ["OPENAI_API_KEY"] = key or "none"
-    spec.loader.exec_module(module)
+    module = import_file(f"{Path(lmms_eval.tasks.__file__).parent / name}.py")
     if not key:
         del os.environ["OPENAI_API_KEY"]
     return module

@@ -124,9 +124,14 @@ def measure(recipe: Recipe, asked: Asked) -> dict[str, Any]:
     if any(asked.tasks.values()):
         keep = ("metric", "score", "n", "chance", "tokens", "cpu_seconds", "each")
         scores = {r["task"]: {k: r[k] for k in keep} for r in evaluate(assistant, run)}
-    planned = plan.plan(replace(recipe, stages={last: recipe.stages[last]}))[last]
-    return {"losses": [round(float(r["loss"]), 3) for r in losses], "tasks": scores,
-            "flops": round(planned["flops"])}  # fmt: skip
+    return {"losses": [round(float(r["loss"]), 3) for r in losses], "tasks": scores}
+
+
+def planned_flops(recipe: Recipe) -> dict[str, int]:
+    """Those of the last stage: the same for every row that is read off the run."""
+    last = [*recipe.stages][-1]
+    alone = replace(recipe, stages={last: recipe.stages[last]})
+    return {"flops": round(plan.plan(alone)[last]["flops"])}
 
 
 def work(recipe: Recipe, before: str, asked: list[Asked]) -> list[dict]:
@@ -137,7 +142,8 @@ def work(recipe: Recipe, before: str, asked: list[Asked]) -> list[dict]:
         try:
             with redirect_stdout(out), redirect_stderr(out):
                 make(recipe, before)
-                return [measure(recipe, one) for one in asked]
+                cost = planned_flops(recipe) if asked else {}
+                return [measure(recipe, one) | cost for one in asked]
         except Exception as error:
             rows = ", ".join(f"{one.row}, seed {one.seed}" for one in asked) or "what rows share"
             raise ValueError(f"{rows}: {type(error).__name__}: {error} (see {log})") from error

@@ -22,7 +22,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from nanollava.evaluate import add_line, read_lines, weights_digest
+from nanollava.evaluate import add_line, read_lines
 from nanollava.sources import tool
 
 FOLDER = Path(__file__).parents[1] / "eval"
@@ -108,9 +108,14 @@ def tell_price(task: str, limit: int) -> None:
         print(f"{task}: a judge is asked at most {price(column, min(n, limit or n))}")
 
 
+def column_of(task: str) -> Column | None:
+    """The blog's column that a task is scored for."""
+    return BLOG.get(COLUMNS.get(task, ""))
+
+
 def judge_column(task: str) -> Column | None:
     """The column of a judged task."""
-    column = BLOG.get(COLUMNS.get(task, ""))
+    column = column_of(task)
     return column if column and column.judged else None
 
 
@@ -206,7 +211,7 @@ def show(rows: dict[str, dict], reasons: dict[str, str], beside: str, limit: int
 
 def ours(task: str, values: dict, limit: int, table: str) -> tuple[str, str]:
     """Our cell, and what is to be said about it."""
-    known, states = BLOG.get(COLUMNS.get(task, "")), tool("judge").STATES
+    known, states = column_of(task), tool("judge").STATES
     notes = [f"the first {values['n']:g}"] if limit else []
     if task == "mme" and table in ("T2", "T3"):  # as blog.json's notes say
         known = replace(known, metric="mme_perception_score", unit=100 / 2000)
@@ -249,7 +254,7 @@ def main(run: Path, names: Sequence[str], limit: int = 0, beside: str = "T4:0") 
     tasks = chosen(names, manager.all_subtasks)
     model = Nanollava(str(run), answers=str(run))
     visual = asdict(model.writers["image"].visual)
-    asked = {"weights": weights_digest(run), "limit": limit, "visual": visual}
+    asked = {"weights": model.weights, "limit": limit, "visual": visual}
     for task in tasks:
         try:
             rows[task] = scored(model, task, manager, asked, run / "benchmarks.jsonl")

@@ -55,7 +55,7 @@ class Nanollava(lmms):
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         self.kept, self.wrong = Path(answers) if answers else None, []
-        self.begins = f"{weights_digest(Path(pretrained))}, {max_frames} frames"
+        self.weights = weights_digest(Path(pretrained)) if answers else ""
         self.assistant, self.frames, self.batch_size = load(pretrained, device), max_frames, 1
         model = self.assistant.model
         self.device = model.newline.device
@@ -92,9 +92,8 @@ class Nanollava(lmms):
 
     def key(self, kind: str, turns: list[Turn], pictures: list, room: int) -> str:
         """Tells a question to these weights at these settings apart, by its content."""
-        digest = hashlib.sha256(
-            f"{self.begins} {self.writers[kind].visual} {turns} {room}".encode()
-        )
+        asked = (self.weights, self.frames, self.writers[kind].visual, turns, room)
+        digest = hashlib.sha256(f"{asked}".encode())
         for picture in pictures:
             image = open_image(picture)
             digest.update(f"{image.size}".encode() + image.tobytes())
@@ -103,6 +102,8 @@ class Nanollava(lmms):
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answers, as they were asked; what cannot be read is named, and its answer is empty."""
         known, answers, waiting, held = {}, [""] * len(requests), [], 0
+        if self.kept:
+            self.kept.mkdir(parents=True, exist_ok=True)
         for file in self.kept.glob("answers*.jsonl") if self.kept else ():
             known |= {row["key"]: row["text"] for row in read_lines(file)}
         for i, request in enumerate(requests):
@@ -132,7 +133,6 @@ class Nanollava(lmms):
         def keep(item: tuple, answer: Answer) -> None:
             answers[item[2]] = answer.text
             if self.kept:
-                self.kept.mkdir(parents=True, exist_ok=True)
                 file = self.kept / f"answers{self.rank or ''}.jsonl"
                 add_line(file, {"key": item[3], "text": answer.text})
 
