@@ -32,12 +32,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from nanollava.anyres import Visual, parse_budget, parse_grids
+from nanollava.anyres import Visual, layout, parse_budget, parse_grids
 from nanollava.cost import count as totals
 from nanollava.encoder import CLIP_MEAN, CLIP_STD, ENCODERS, Row
 from nanollava.llm import config_of
 from nanollava.model import VLM
-from nanollava.prompts import IMAGE
+from nanollava.prompts import IGNORE, IMAGE
 from nanollava.recipe import Recipe
 from nanollava.sequence import Document
 from nanollava.sources import tool
@@ -46,6 +46,7 @@ hf = tool("hf")
 
 ROOT = Path(__file__).parent.parent
 MOSAIC = Visual(max_grid="3x3", max_visual_tokens="(4+1)T", budget="mosaic")
+BENCH = json.loads((ROOT / "tests/bench/batch.json").read_text())
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 
 
@@ -172,6 +173,26 @@ def averages(documents: list[Document]) -> dict[str, float]:
     sums = totals(documents, 0, after=False)  # no key that memory reads depends on T
     longest = max(len(d.ids) for d in documents)
     return {key: n / len(documents) for key, n in sums.items()} | {"longest": longest}
+
+
+def bench_model(folder: Path, name: str) -> VLM:
+    """The "quarter" model at the settings of one of the committed batches, "2x2" or "6x6"."""
+    keys = {key: BENCH[name][key] for key in ("max_grid", "max_visual_tokens")}
+    return ours(folder, QUARTER, replace(MOSAIC, **keys))
+
+
+def bench_documents(model: VLM, name: str) -> list[Document]:
+    """A committed batch: its image sizes and lengths, noise for contents."""
+    draw, out = torch.Generator().manual_seed(0), []
+    for d in BENCH[name]["documents"]:
+        plan = layout(tuple(d["size"]), model.recipe.visual, model.row.tile, model.row.side)
+        words = torch.randint(1, 256, (d["text"],), generator=draw)
+        ids = torch.cat([torch.full((plan.length,), IMAGE), words])
+        labels = torch.where(torch.arange(len(ids)) < len(ids) - d["supervised"], IGNORE, ids)
+        shape = (plan.views, 3, plan.tile, plan.tile)
+        views = torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
+        out.append(Document(ids, labels, views, (plan,)))
+    return out
 
 
 def grids(model: VLM) -> dict[str, list[list[int]]]:

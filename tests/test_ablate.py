@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from nanollava.anyres import layout
 from nanollava.evaluate import digits, read_lines
 from nanollava.metrics import f1
-from nanollava.recipe import read_recipe
+from nanollava.recipe import read_recipe, used_sources
 from nanollava.sources import import_file, tool
 
 ablate, rows, verdicts = tool("ablate"), tool("rows"), tool("verdicts")
@@ -70,6 +70,8 @@ def test_every_row_is_a_recipe_of_the_nano_base_and_every_claim_has_its_rows(fil
         recipe = read_recipe(row.base, row.keys)
         tasks = {name for name, task in recipe.tasks.items() if task}
         assert all(recipe.tasks[name].samples >= 500 for name in tasks)
+        doors = [*map(recipe.sources.get, used_sources(recipe)), *map(recipe.tasks.get, tasks)]
+        assert all(Path(door.path.rpartition(":")[0]).is_file() for door in doors)
     for claim in verdicts.read_claims(file):
         assert {*claim.contrast} <= {*read} and claim.margin > 0 and claim.says
         assert {*claim.metric} <= tasks | verdicts.UNSCORED

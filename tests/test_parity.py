@@ -3,7 +3,6 @@
 Runs in both environments. Float32 on the CPU. `pytest -m parity -s` prints the figures.
 """
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -32,7 +31,6 @@ from nanollava.sources import tool
 hf, attention = tool("hf"), tool("why").attention
 
 pytestmark = pytest.mark.parity
-BENCH = json.loads((Path(__file__).parent / "bench" / "batch.json").read_text())
 # Float32 itself: gradients of q and k are small differences of large numbers (3e-7 to 1.4e-6 seen).
 WORST = 3e-6
 SIZES = {"tied": peer.TINY, "grouped, untied": replace(peer.TINY, kv_heads=2, tied=False)}
@@ -335,27 +333,11 @@ def test_counted_flops_are_the_useful_ones(model, train, after):
     assert abs(counted / useful - 1) < 0.01
 
 
-def bench_documents(model: VLM, keys: dict) -> list[Document]:
-    """The documents of the committed batch: image sizes and lengths count, contents do not."""
-    out = []
-    for d in keys["documents"]:
-        plan = layout(tuple(d["size"]), model.recipe.visual, model.row.tile, model.row.side)
-        ids = torch.tensor([IMAGE] * plan.length + [1] * d["text"])
-        labels = torch.where(torch.arange(len(ids)) < len(ids) - d["supervised"], IGNORE, 1)
-        views = torch.zeros(plan.views, 3, plan.tile, plan.tile, dtype=torch.uint8)
-        out.append(Document(ids, labels, views, (plan,)))
-    return out
-
-
 @pytest.mark.parametrize("name,waste,gain", [("2x2", 0.15, 1.25), ("6x6", 0.37, 1.6)])
 def test_a_step_computes_less_than_the_padded_peer(tmp_path, monkeypatch, name, waste, gain):
     """Target C4, counted at the "quarter" size without computing anything."""
-    keys = BENCH[name]
-    visual = replace(
-        peer.MOSAIC, max_grid=keys["max_grid"], max_visual_tokens=keys["max_visual_tokens"]
-    )
-    model = peer.ours(tmp_path, peer.QUARTER, visual)
-    four = bench_documents(model, keys)
+    model = peer.bench_model(tmp_path, name)
+    four = peer.bench_documents(model, name)
     lengths = [len(d.ids) for d in four]
     assert abs(1 - sum(lengths) / (4 * max(lengths)) - waste) < 0.01
     forward = forward_flops(rates(model), four, model.row.side**2, after=True)
