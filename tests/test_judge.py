@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import datasets
 import pytest
 from conftest import film
-from launching import ROOT
+from launching import ROOT, command
 from PIL import Image
 
 from nanollava.evaluate import Answer, read_lines
@@ -328,3 +328,18 @@ def test_the_blogs_columns_are_tasks_and_its_units():
     assert value(benchmarks.BLOG["ocrbench"], {"ocrbench_accuracy": 0.5}) == 50
     assert value(benchmarks.BLOG["video_dc"], {"judge_score": 3.2}) == 64
     assert value(benchmarks.BLOG["pope"], {}) is None
+
+
+def test_two_processes_judge_their_shares(mine, endpoint, tmp_path):
+    run, _ = mine
+    folder = tmp_path / "data/image_dc_en"
+    folder.mkdir(parents=True)
+    for i in range(5):
+        Image.new("RGB", (60, 40), (20 * i, 0, 0)).save(folder / f"{i}.png")
+    told = command("-m", "composer.cli.launcher", "-n", 2, "-m", "nanollava", "evaluate", run,
+                   "--tasks", "image_dc_en", cwd=tmp_path)  # fmt: skip
+    assert "5 judged by fake-2024" in told and len(endpoint.asked) == 5
+    (row,) = read_lines(run / "benchmarks.jsonl")
+    assert row["values"]["n"] == 5 and row["values"]["judge_score"] == 80
+    kept = [len(read_lines(tmp_path / f"judged{rank}.jsonl")) for rank in ("", 1)]
+    assert sum(kept) == 5 and all(kept)

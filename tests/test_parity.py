@@ -24,7 +24,7 @@ from nanollava.encoder import build
 from nanollava.generate import Assistant
 from nanollava.llm import load_tokenizer
 from nanollava.model import TRAIN, VLM
-from nanollava.prompts import IGNORE, IMAGE, Turn, encode
+from nanollava.prompts import Turn, encode
 from nanollava.sequence import Document, pack
 from nanollava.sources import tool
 

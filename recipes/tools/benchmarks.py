@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from composer.utils import dist, get_device
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -155,6 +156,7 @@ def score(model: Any, task: str, manager: Any, limit: int, folder: Path) -> dict
         model=model, tasks=[load(task, manager)], limit=limit or None, batch_size=1,
         bootstrap_iters=0, log_samples=True, verbosity="ERROR", cli_args=args,
         process_docs_parallel=4 if judged else 1,  # some tasks guess at random
+        distributed_executor_backend="torchrun",  # accelerate knows no second process on a CPU
     )  # fmt: skip
     if found is None:  # the first process has them
         return {}
@@ -250,6 +252,7 @@ def main(run: Path, names: Sequence[str], limit: int = 0, beside: str = "T4:0") 
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
     row_of(beside)  # what is wrong with it is told now
+    dist.initialize_dist(get_device(None))
     manager, rows, reasons = TaskManager("ERROR", include_path=str(FOLDER)), {}, {}
     tasks = chosen(names, manager.all_subtasks)
     model = Nanollava(str(run), answers=str(run))

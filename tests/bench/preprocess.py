@@ -9,11 +9,11 @@ bicubic antialiasing, the peer's padded canvas included.
 
 import io
 import sys
-from math import exp, log
+from collections.abc import Callable
 from pathlib import Path
+from statistics import geometric_mean
 
 import matplotlib
-import numpy as np
 import torch
 from PIL import Image
 from transformers import LlavaOnevisionImageProcessorFast, logging
@@ -31,9 +31,25 @@ PHOTO = Path(matplotlib.get_data_path(), "sample_data/grace_hopper.jpg")
 VISUAL = Visual("6x6", max_visual_tokens="37T")
 
 
-def mean(ratios: list[float]) -> float:
-    """Their geometric mean."""
-    return exp(sum(map(log, ratios)) / len(ratios))
+def ours(image: Image.Image) -> torch.Tensor:
+    """uint8[N, 3, R, R]."""
+    return cut_views(image, layout(image.size, VISUAL, R, SIDE))
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """The peer's normalised views against ours: at most 2/255 off, 0.05/255 on average."""
+    error = ((a + 1) * 127.5 - b).abs()
+    return a.shape == b.shape and float(error.max()) <= 2 and float(error.mean()) <= 0.05
+
+
+def compare(image: Image.Image, theirs: Callable[[Image.Image], torch.Tensor]) -> list[float]:
+    """How many times as fast ours is, from pixels and from the bytes of a file."""
+    image.save(file := io.BytesIO(), "JPEG", quality=90)
+    data = file.getvalue()
+    pixels = {"peer": lambda: theirs(image), "ours": lambda: ours(image)}
+    files = {"peer": lambda: theirs(Image.open(io.BytesIO(data)).convert("RGB")),
+             "ours": lambda: ours(open_image(data))}  # fmt: skip
+    return [ratio(race(ways, same), "peer", "ours") for ways in (pixels, files)]
 
 
 def main() -> list[Row]:
@@ -43,34 +59,18 @@ def main() -> list[Row]:
         size={"height": R, "width": R}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
         image_grid_pinpoints=pinpoints,
     )  # fmt: skip
-
-    def theirs(image: Image.Image) -> torch.Tensor:
-        return process(images=image, return_tensors="pt")["pixel_values"][0]
-
-    def ours(image: Image.Image) -> torch.Tensor:
-        return cut_views(image, layout(image.size, VISUAL, R, SIDE))
-
-    def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-        error = ((a + 1) * 127.5 - b).abs()
-        return a.shape == b.shape and float(error.max()) <= 2 and float(error.mean()) <= 0.05
-
-    whole, pixels, files = Image.open(PHOTO).convert("RGB"), [], []
+    whole, found = Image.open(PHOTO).convert("RGB"), []
     for size in SIZES:
         image = whole.resize(size, Image.BICUBIC)
-        image.save(file := io.BytesIO(), "JPEG", quality=90)
-        data = file.getvalue()
-        found = race({"peer": lambda: theirs(image), "ours": lambda: ours(image)}, same)
-        pixels.append(ratio(found, "peer", "ours"))
-        read = {"peer": lambda: theirs(Image.open(io.BytesIO(data)).convert("RGB")),
-                "ours": lambda: ours(open_image(data))}  # fmt: skip
-        files.append(ratio(race(read, same), "peer", "ours"))
-        print(f"{size[0]}x{size[1]}: {pixels[-1]:.2f}x from pixels, {files[-1]:.2f}x from a JPEG")
-    low, high = np.min(pixels), np.max(pixels)
+        found.append(compare(image, lambda x: process(x, return_tensors="pt")["pixel_values"][0]))
+        print("{}x{}: {:.2f}x from pixels, {:.2f}x from a JPEG".format(*size, *found[-1]))
+    pixels, files = zip(*found, strict=True)
     return [
-        Row("C1 PIL image -> views", mean(pixels), "x", 2.5, note=f"{low:.2f} to {high:.2f}"),
-        Row("C1 the least of ten sizes", low, "x", 1.2),
-        Row("C2 JPEG bytes -> views", mean(files), "x", 1.8, note=f"least {min(files):.2f}"),
-    ]
+        Row("C1 PIL image -> views", geometric_mean(pixels), "x", 2.5),
+        Row("C1 the least of ten sizes", min(pixels), "x", 1.2),
+        Row("C2 JPEG bytes -> views", geometric_mean(files), "x", 1.8,
+            note=f"least {min(files):.2f}x"),
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

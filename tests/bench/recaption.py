@@ -9,43 +9,44 @@ to its longest prompt and to its most tiles.
 
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import peer  # noqa: E402
+from contest import Row, race, ratio, told  # noqa: E402
 
 from nanollava.generate import Assistant  # noqa: E402
 from nanollava.prompts import Turn  # noqa: E402
 from nanollava.sequence import Document  # noqa: E402
 from nanollava.sources import tool  # noqa: E402
 
-ROOM, ROUNDS = 48, 3
+ROOM = 48
 MIXED = [(320, 240), (640, 480), (480, 800), (1024, 768), (900, 300), (1200, 1600), (768, 768),
          (600, 2000)]  # fmt: skip
 BATCHES = {"mixed sizes": MIXED, "1024 x 768": [(1024, 768)] * 8}
 
 
-def main() -> None:
-    """Print times and ratios."""
-    torch.set_num_threads(1)
+def main() -> list[Row]:
+    """A row for each batch."""
     visual = replace(peer.MOSAIC, max_grid="6x6", max_visual_tokens="(9+1)T")
     with tempfile.TemporaryDirectory() as folder:
         model = peer.ours(Path(folder), peer.QUARTER, visual)
     other, ask = peer.peer_of(model), tool("recaption").PROMPT
     turn = [Turn("user", f"<image>\n{ask}", 1)]
     writer, assistant = model.writer(), Assistant(model)
+    rows = []
     for name, sizes in BATCHES.items():
         images = [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
-        compare(name, assistant, other, [writer(turn, [image], answer=True) for image in images])
+        documents = [writer(turn, [image], answer=True) for image in images]
+        rows.append(compare(name, assistant, other, documents))
+    return rows
 
 
-def compare(title: str, assistant: Assistant, other, documents: list[Document]) -> None:
+def compare(title: str, assistant: Assistant, other, documents: list[Document]) -> Row:
     """One batch: equal captions, both times."""
     model = assistant.model
     inputs = peer.batch(model, documents, left=True)
@@ -60,19 +61,13 @@ def compare(title: str, assistant: Assistant, other, documents: list[Document]) 
     def ours():
         return [text for text, _ in assistant.answer(documents, ROOM)]
 
-    took, said = {"transformers": [], "nanollava": []}, {}
-    for _ in range(ROUNDS):
-        for name, answer in (("transformers", theirs), ("nanollava", ours)):
-            start = time.process_time()
-            said[name] = answer()
-            took[name].append(time.process_time() - start)
-    assert said["transformers"] == said["nanollava"], "the captions differ"
-    tokens = [len(d.ids) for d in documents]
-    ratio = median(t / o for t, o in zip(took["transformers"], took["nanollava"], strict=True))
-    each = ", ".join(f"{name} {median(times):.1f} CPU s" for name, times in took.items())
-    print(f"{title}: prompts of {min(tokens)} to {max(tokens)} positions, {ROOM} new tokens each: "
-          f"{each}, {ratio:.2f} times (target 1.2)")  # fmt: skip
+    found = race({"peer": theirs, "ours": ours}, rounds=3)
+    lengths = [len(d.ids) for d in documents]
+    note = f"prompts of {min(lengths)} to {max(lengths)} positions, {told(found)}"
+    return Row(
+        f"re-captions, eight images, {title}", ratio(found, "peer", "ours"), "x", 1.2, note=note
+    )
 
 
 if __name__ == "__main__":
-    main()
+    print(*main(), sep="\n")

@@ -14,7 +14,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import peer  # noqa: E402
-from contest import Row, race, ratio  # noqa: E402
+from contest import Row, race, ratio, told  # noqa: E402
 
 from nanollava.sequence import pack  # noqa: E402
 
@@ -34,33 +34,33 @@ def same(a: tuple[float, float], b: tuple[float, float]) -> bool:
     return abs(a[0] / b[0] - 1) < 2e-6 and abs(a[1] / b[1] - 1) < 1e-5
 
 
+def compare(name: str, target: float) -> Row:
+    """One of the two batches."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = peer.bench_model(Path(folder), name).train()
+    other, documents = peer.peer_of(model).train(), peer.bench_documents(model, name)
+    packed, padded = pack(documents, model.row.tile), peer.batch(model, documents)
+
+    def theirs() -> tuple[float, float]:
+        loss = other(**padded).loss
+        loss.backward()
+        return float(loss), length(other)
+
+    def ours() -> tuple[float, float]:
+        loss = model(packed).mean()
+        loss.backward()
+        return float(loss), length(model)
+
+    found = race({"peer": theirs, "ours": ours}, same, ROUNDS[name])
+    return Row(
+        f"C5 training step, {name}", ratio(found, "peer", "ours"), "x", target, note=told(found)
+    )
+
+
 def main() -> list[Row]:
     """The rows of C5."""
-    rows = []
-    for name, target in TARGETS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            model = peer.bench_model(Path(folder), name).train()
-        other = peer.peer_of(model).train()
-        documents = peer.bench_documents(model, name)
-        packed, padded = pack(documents, model.row.tile), peer.batch(model, documents)
-
-        def theirs():
-            loss = other(**padded).loss
-            loss.backward()
-            return float(loss), length(other)
-
-        def ours():
-            loss = model(packed).mean()
-            loss.backward()
-            return float(loss), length(model)
-
-        found = race({"peer": theirs, "ours": ours}, same, ROUNDS[name])
-        row = Row(f"C5 training step, {name}", ratio(found, "peer", "ours"), "x", target,
-                  note=", ".join(f"{k} {min(v):.1f} CPU s" for k, v in found.items()))  # fmt: skip
-        print(row, flush=True)
-        rows.append(row)
-    return rows
+    return [compare(name, target) for name, target in TARGETS.items()]
 
 
 if __name__ == "__main__":
-    main()
+    print(*main(), sep="\n")

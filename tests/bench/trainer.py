@@ -19,7 +19,8 @@ from composer import Callback
 from PIL import Image
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from contest import Row  # noqa: E402
 from launching import write_recipe  # noqa: E402
 
 from nanollava.model import VLM  # noqa: E402
@@ -62,7 +63,8 @@ def bare(model: VLM, documents: list, stage) -> list[float]:
     return ticks
 
 
-def main() -> None:
+def main() -> list[Row]:
+    """The rows of C8."""
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
     recipe = read_recipe(write_recipe(folder), [f"run={folder}/run"])
@@ -97,11 +99,10 @@ def main() -> None:
             assert steps_of(stage, len(loader)) == len(plain) == len(clock.ticks)
             gaps = [[b - a for a, b in zip(t, t[1:])] for t in (clock.ticks, plain)]
             found[packs].append(1000 * (median(gaps[0]) - median(gaps[1])))
-    print(f"{views} views, {positions} positions a batch, {STEPS} steps, {ROUNDS} rounds")
-    for packs, extra in found.items():
-        allowed = 3 + 1.5 * packs
-        print(f"{packs} packs: Composer adds {median(extra):.2f} ms a step (allowed {allowed:.1f})")
+    note = f"{views} views, {positions} positions a batch"
+    return [Row(f"C8 Composer beside a bare loop, a step of {packs} packs", median(extra), " ms",
+                3 + 1.5 * packs, True, note) for packs, extra in found.items()]  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    print(*main(), sep="\n")

@@ -1,0 +1,65 @@
+"""All benches, each in a process of its own -> one table, in RESULTS.md beside this file.
+
+python tests/bench                  # about a quarter of an hour on one idle core
+python tests/bench step generate    # some of them; the table is printed alone
+"""
+
+import platform
+import subprocess
+import sys
+import time
+from datetime import date
+from importlib import import_module
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+HERE = Path(__file__).parent
+NAMES = ("preprocess", "step", "generate", "trainer", "planned", "heads", "recaption")
+HEAD = """# Benches
+
+`python tests/bench`: {date}, commit {commit}, one thread on {machine};
+torch {torch}, transformers {transformers}, mosaicml {mosaicml}; {minutes:.0f} minutes. CPU time,
+contenders in turns, medians; equal results come first. The peer is transformers' LlavaOnevision
+with the same weights.
+
+| what | found | target | met | |
+|---|---|---|---|---|
+"""
+
+
+def run(name: str) -> list:
+    """One bench's rows."""
+    sys.path.insert(0, str(HERE))
+    return import_module(name).main()
+
+
+def commit() -> str:
+    """The commit that was measured, marked if the package was changed since."""
+    git = ["git", "-C", str(HERE)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/nanollava"])
+    return head.stdout.strip() + " with changes" * (changed.returncode != 0)
+
+
+def main() -> None:
+    """Run them, print each row as it comes, write the table."""
+    begin, rows, chosen = time.perf_counter(), [], sys.argv[1:] or NAMES
+    with get_context("fork").Pool(1, maxtasksperchild=1) as one:  # nothing is loaded here yet
+        for name in chosen:
+            for row in one.apply(run, (name,)):
+                print(row, flush=True)
+                rows.append(row)
+    if sys.argv[1:]:
+        return
+    head = HEAD.format(
+        date=date.today(), commit=commit(), machine=platform.machine(),
+        minutes=(time.perf_counter() - begin) / 60,
+        **{name: version(name) for name in ("torch", "transformers", "mosaicml")},
+    )  # fmt: skip
+    lines = ["| " + " | ".join(row.cells()) + " |" for row in rows]
+    (HERE / "RESULTS.md").write_text(head + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
