@@ -69,7 +69,7 @@ def score(run: Path, tasks: list[str], limit: int, keys: Recipe | None = None) -
         assistant.model.recipe = recipe
     rows = evaluation.evaluate(assistant, run, tasks, limit)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        evaluation.show(rows)
+        tool("scores").show(rows)
         if keys is not None:
             typer.echo(f"\nNext: {tool('sample').save_sample(assistant, run)}")
 

@@ -6,7 +6,6 @@ is complete. What cannot be read is counted, named in `bad.json` and left out; n
 replaced by another sample.
 """
 
-import errno
 import getpass
 import hashlib
 import io
@@ -27,7 +26,7 @@ from streaming.base.util import merge_index
 from tqdm import tqdm
 
 from nanollava.anyres import open_image
-from nanollava.hub import check_space
+from nanollava.hub import check_space, room_in
 from nanollava.prompts import read_turns
 from nanollava.recipe import ABOUT, Recipe, Stage, used_sources
 from nanollava.sequence import Document, Writer
@@ -70,16 +69,10 @@ def prepare_source(recipe: Recipe, name: str) -> Path:
     """Write one source's shards unless they are there; returns their folder."""
     folder = shard_folder(recipe, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(f"{folder}.lock"):  # two runs may want the same source at once
-            if not folder.is_dir():
-                write_shards(recipe, name, folder)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        shutil.rmtree(f"{folder}.part/next", ignore_errors=True)  # others need room, too
-        advice = f"kept what is whole of {name} in {folder}.part: make room and run the same again"
-        raise OSError(error.errno, f"no space left; {advice}, it goes on there") from error
+    # Two runs may want the same source at once.
+    with room_in(folder.parent, f"{folder}.part/next"), FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            write_shards(recipe, name, folder)
     read_chunk(folder)
     return folder
 
@@ -189,9 +182,12 @@ class Documents(StreamingDataset):
 
     def __getitem__(self, i: int) -> Document:
         row = super().__getitem__(i)
-        images = [open_image(data) for data in split_images(row["image"], row["sizes"])]
-        turns = read_turns(row["conversations"], len(images))
-        return self.writer(turns, images, name=row["id"], source=row["source"])
+        name, source = row["id"], row["source"]
+        try:
+            images = [open_image(data) for data in split_images(row["image"], row["sizes"])]
+        except ValueError as error:  # prepare could read it
+            raise ValueError(f"shards of {source} are damaged: {name}: {error}") from error
+        return self.writer(read_turns(row["conversations"], len(images)), images, name, source)
 
 
 class Loader(StreamingDataLoader):

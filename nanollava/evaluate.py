@@ -17,9 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
@@ -188,22 +185,3 @@ def add_line(file: Path, row: dict) -> None:
         out.seek(-min(1, out.tell()), os.SEEK_END)
         torn = out.read() not in (b"", b"\n")
         out.write(("\n" * torn + json.dumps(row) + "\n").encode())
-
-
-def show(rows: Sequence[dict]) -> None:
-    """Print scores by task and setting, each with its 95% interval."""
-    cells: dict[str, dict[str, str]] = {}
-    for row in rows:
-        mine = cells.setdefault(row["task"], {"metric": row["metric"]})
-        score, low, high, mine["chance"] = (
-            f"{100 * row[key]:.1f}" for key in ("score", "low", "high", "chance")
-        )
-        mine[row["setting"]] = f"{score} [{low}, {high}]"
-    columns = list(dict.fromkeys(key for mine in cells.values() for key in mine))
-    table = Table(title="score in %, with its 95% interval over questions", box=SIMPLE)
-    table.add_column("task", no_wrap=True)
-    for key in columns:
-        table.add_column(key, justify="left" if key == "metric" else "right")
-    for name, mine in cells.items():
-        table.add_row(name, *(mine.get(key, "") for key in columns))
-    Console().print(table)

@@ -1,6 +1,7 @@
-"""The hub: what to do where a download fails, and whether it would fit on the disk."""
+"""Files: what to do where a download fails, whether it fits on the disk, none half written."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +9,32 @@ from pathlib import Path
 
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from safetensors import SafetensorError
 
 # The hub's own errors and, by their parents, those of the HTTP library, which changes by version.
+FULL = 2**20  # bytes that a full disk may have left
 NETWORK = (OSError, RuntimeError, HfHubHTTPError, *HfHubHTTPError.__bases__)
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `file` when that is done: nobody reads half of it."""
+    half = file.with_name(f"{file.name}.half")
+    yield half
+    os.replace(half, file)
+
+
+@contextmanager
+def room_in(folder: Path, half: str = "") -> Iterator[None]:
+    """Tell in one line that the disk is full, whatever a library raises then; deletes `half`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if getattr(error, "errno", 0) != errno.ENOSPC and shutil.disk_usage(folder).free > FULL:
+            raise
+        shutil.rmtree(half, ignore_errors=True)  # others need room, too
+        told = f"no space left in {folder}: make room and run the same again; what is whole is kept"
+        raise OSError(errno.ENOSPC, told) from error
 
 
 @contextmanager

@@ -5,7 +5,6 @@
 `pool_after_projector: false` swaps projector and pooling.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from nanollava.anyres import Layout, Visual
 from nanollava.encoder import ENCODERS, build
-from nanollava.hub import fetching
+from nanollava.hub import fetching, whole
 from nanollava.llm import load_llm, load_tokenizer
 from nanollava.pooling import add_newlines, pool
 from nanollava.projector import Projector
@@ -166,9 +165,8 @@ def save(model: VLM, folder: str | Path, state: dict[str, Tensor] | None = None)
     state = {k: v.contiguous() for k, v in (state or model.state_dict()).items()}
     if model.llm.config.tie_word_embeddings:
         state.pop("llm.lm_head.weight", None)
-    half = folder / "model.safetensors.half"
-    save_file(state, half, metadata={"format": "pt"})
-    os.replace(half, folder / "model.safetensors")  # so that a whole file is a finished one
+    with whole(folder / "model.safetensors") as half:  # so that a whole file is a finished one
+        save_file(state, half, metadata={"format": "pt"})
 
 
 def load(folder: str | Path, device: str = "cpu") -> VLM:

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nanollava.anyres import Visual, layout, parse_grids
 from nanollava.encoder import ENCODERS
+from nanollava.hub import whole
 from nanollava.metrics import METRICS
 from nanollava.projector import ACTIVATIONS
 from nanollava.prompts import MASKS, TEMPLATES
@@ -249,7 +250,8 @@ def with_visual(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """The resolved recipe as YAML, readable by `read_recipe`."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+    with whole(path) as half:
+        half.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
 
 
 def used_sources(recipe: Recipe) -> set[str]:

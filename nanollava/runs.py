@@ -8,18 +8,19 @@ import json
 import platform
 import shutil
 import subprocess
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict
 from tqdm import tqdm
 
+from nanollava.hub import whole
+from nanollava.model import VLM, save
 from nanollava.recipe import Recipe, Stage, differences, read_recipe, write_recipe
-from nanollava.sequence import Document
 
 PACKAGES = ("torch", "transformers", "mosaicml", "mosaicml-streaming", "open_clip_torch")
 COLUMNS = ("stage", "step", "source", "loss", "tokens", "lr", "seconds")
@@ -58,7 +59,11 @@ def open_run(recipe: Recipe, processes: int) -> None:
     }
     file = run / "environment.json"  # one entry for each start
     starts = json.loads(file.read_text()) if file.exists() else []
-    file.write_text(json.dumps([*starts, environment], indent=1))
+    if starts and starts[-1]["processes"] != processes:
+        before = starts[-1]["processes"]
+        print(f"{run} goes on in the same order, now with {processes} processes, not {before}")
+    with whole(file) as half:
+        half.write_text(json.dumps([*starts, environment], indent=1))
 
 
 def read_losses(run: str | Path) -> list[dict[str, str]]:
@@ -70,7 +75,7 @@ def read_losses(run: str | Path) -> list[dict[str, str]]:
 def keep_losses(run: str | Path, stage: str, step: int) -> None:
     """Forget what a stage logged after `step`: a resumed run does those steps again."""
     rows = [r for r in read_losses(run) if r["stage"] != stage or int(r["step"]) <= step]
-    with (Path(run) / "losses.csv").open("w", newline="") as file:
+    with whole(Path(run) / "losses.csv") as half, half.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
@@ -82,33 +87,14 @@ def add_losses(run: str | Path, rows: Iterable[tuple]) -> None:
         csv.writer(file).writerows(rows)
 
 
-def tell_notes(run: Path, stage: str, documents: Iterable[Document]) -> None:
-    """Name the samples that were cut or left out: all in notes.txt, a batch's first on screen."""
-    notes = [document.note for document in documents if document.note]
+def tell_notes(run: Path, stage: str, notes: Sequence[str]) -> None:
+    """What is odd about a batch, such as samples that were cut: all in notes.txt, the first on
+    screen.
+    """
     if notes:
         with (run / "notes.txt").open("a") as file:
             file.writelines(f"{stage}: {note}\n" for note in notes)
-        tqdm.write(f"{stage}: {notes[0]} (1 of {len(notes)} in this batch; {run}/notes.txt)")
-
-
-class Expected:
-    """A step's loss, told beside the band between the lowest and the highest of reference runs.
-
-    All of them are means of the last ten steps: single batches differ too much. Told only where
-    the reference has as many steps, since another schedule has other losses.
-    """
-
-    def __init__(self, reference: str, stage: str, steps: int):
-        lines = Path(reference).read_text().splitlines() if reference else []
-        rows = [row for row in csv.DictReader(lines) if row["stage"] == stage]
-        self.last: deque[float] = deque(maxlen=10)
-        rows = rows if len(rows) == steps else []
-        self.band = {int(r["step"]): f" (expected {r['low']}-{r['high']})" for r in rows}
-
-    def tell(self, step: int, loss: float) -> str:
-        """A postfix for a progress bar: "loss 0.312 (expected 0.28-0.33)"."""
-        self.last.append(loss)
-        return f"loss {sum(self.last) / len(self.last):.3f}" + self.band.get(step, "")
+        tqdm.write(f"{stage}: {notes[0]:.300} (1 of {len(notes)} in this batch; {run}/notes.txt)")
 
 
 def steps_of(stage: Stage, batches: int) -> int:
@@ -157,3 +143,20 @@ def excess() -> float:
     mean = ones[:1].clone()
     dist.reduce_scatter_tensor(mean, ones, op=dist.ReduceOp.AVG)
     return float(mean)
+
+
+def keep(recipe: Recipe, model: VLM, folder: Path) -> None:
+    """Save a stage's model; its shards are gathered on the first process."""
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = state_dict.get_model_state_dict(model, options=options) if recipe.shard else None
+    if dist.get_rank() == 0:
+        save(model, folder, state)
+    dist.barrier()
+
+
+def finish(run: Path, last: Path) -> None:
+    """The last stage's files into the run folder, the weights last: then the run is whole."""
+    for file in sorted(last.iterdir(), key=lambda f: f.suffix == ".safetensors"):
+        with whole(run / file.name) as half:
+            shutil.copy(file, half)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)

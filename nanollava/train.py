@@ -7,7 +7,6 @@ tokens of the whole batch, over all microbatches and processes. The same recipe 
 
 import atexit
 import os
-import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from math import isfinite, nan
 from pathlib import Path
+from typing import Any
 
 import torch
 from composer import Callback, ComposerModel, DataSpec, State, Trainer
@@ -32,9 +32,11 @@ from tqdm import tqdm
 from nanollava import runs
 from nanollava.cost import forward_flops, rates, step_flops
 from nanollava.data import make_loader, prepare
-from nanollava.model import TRAIN, VLM, load_weights, save
+from nanollava.hub import room_in
+from nanollava.model import TRAIN, VLM, load_weights
 from nanollava.recipe import Recipe, Stage
 from nanollava.sequence import Document, Pack, pack, split
+from nanollava.sources import tool
 
 
 class Student(ComposerModel):
@@ -91,8 +93,8 @@ def count_tokens(batch: list[Document] | Pack) -> dict[str, int]:
 class Report(Callback):
     """Progress bar, losses.csv, clipping; stops at SIGTERM or at a loss that is no number."""
 
-    def __init__(self, run: Path, name: str, interval: int, expected: runs.Expected, excess=1.0):
-        self.run, self.name, self.interval, self.expected = run, name, interval, expected
+    def __init__(self, run: Path, name: str, interval: int, course: Any, excess=1.0):
+        self.run, self.name, self.interval, self.course = run, name, interval, course
         self.excess = excess  # how many times too large the gradients arrive
         self.asked = self.stop = False  # by SIGTERM here; agreed by all processes
         self.bar, self.before = None, signal.getsignal(signal.SIGTERM)
@@ -121,11 +123,15 @@ class Report(Callback):
         *rows, (stop, _) = over_processes(table, "SUM").tolist()
         student.table.zero_()
         self.stop = bool(stop)
-        runs.tell_notes(self.run, self.name, state.batch)
         step, loss = int(state.timestamp.batch), rows[-1][0] / (rows[-1][1] or nan)
-        if not isfinite(loss):
+        means = {s: total / n for s, (total, n) in zip(student.sources, rows[:-1]) if n}
+        notes = [document.note for document in state.batch if document.note]
+        if odd := self.course.odd(loss, means):
             names = [document.name for document in state.batch]
-            raise ValueError(f"{self.name} step {step}: the loss is {loss}; samples {names}")
+            notes.insert(0, f"step {step}: {odd}; samples {', '.join(names)}")
+        runs.tell_notes(self.run, self.name, notes)
+        if not isfinite(loss):
+            raise ValueError(f"{self.name} {notes[0]}")
         if self.bar is None:
             return
         seconds = time.perf_counter() - self.start
@@ -135,7 +141,7 @@ class Report(Callback):
             for source, (total, n) in zip([*student.sources, "all"], rows, strict=True) if n
         ])  # fmt: skip
         speed = (int(state.timestamp.token) - self.tokens) / seconds
-        told = f"{self.expected.tell(step, loss)}, {speed:,.0f} tokens/s"
+        told = f"{self.course.tell(step, loss)}, {speed:,.0f} tokens/s"
         self.bar.set_postfix_str(told, refresh=False)
         self.bar.update(step - self.bar.n)
 
@@ -180,9 +186,9 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> T
     """Composer's trainer for a stage, over a loader whose batches are lists of documents."""
     stage, run = recipe.stages[name], Path(recipe.run)
     steps = runs.steps_of(stage, len(loader))
-    expected = runs.Expected(recipe.reference, name, steps)
+    course = tool("course").Course(recipe.reference, name, steps)
     excess = runs.excess() if recipe.shard else 1.0
-    report = Report(run, name, stage.save_interval, expected, excess)
+    report = Report(run, name, stage.save_interval, course, excess)
     data = DataSpec(
         loader,
         split_batch=partial(split_batch, tile=model.row.tile),
@@ -233,15 +239,6 @@ def begin(recipe: Recipe, last: Path | None) -> VLM:
     return model
 
 
-def keep(recipe: Recipe, model: VLM, folder: Path) -> None:
-    """Save a stage's model; its shards are gathered on the first process."""
-    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = state_dict.get_model_state_dict(model, options=options) if recipe.shard else None
-    if dist.get_global_rank() == 0:
-        save(model, folder, state)
-    dist.barrier()
-
-
 def train(recipe: Recipe) -> Path:
     """All stages of a recipe; returns the run folder. All nodes must see run and data folders."""
     dist.initialize_dist(get_device(None), timeout=3600)
@@ -263,16 +260,14 @@ def train(recipe: Recipe) -> Path:
     last = None
     for name in (name for name, stage in recipe.stages.items() if stage):
         if not (run / name / "model.safetensors").exists():
-            model = begin(recipe, last)
-            stop = run_stage(recipe, name, model)
-            keep(recipe, model, run / name)
+            with room_in(run):
+                model = begin(recipe, last)
+                stop = run_stage(recipe, name, model)
+                runs.keep(recipe, model, run / name)
             if stop:
                 raise SystemExit(143)
         last = run / name
     if first:
-        for file in sorted(last.iterdir(), key=lambda f: f.suffix == ".safetensors"):
-            shutil.copy(file, run / "half")
-            os.replace(run / "half", run / file.name)  # the weights last: then the run is whole
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        runs.finish(run, last)
     dist.barrier()
     return run

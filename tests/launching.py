@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from transformers import AutoTokenizer, Qwen2Config
@@ -82,3 +83,13 @@ def losses(run: Path) -> dict[tuple[str, int], float]:
     with (run / "losses.csv").open() as file:
         rows = list(csv.DictReader(file))
     return {(r["stage"], int(r["step"])): float(r["loss"]) for r in rows if r["source"] == "all"}
+
+
+def stop_at(process, run, moment, signal_number) -> str:
+    """Send a signal to the whole launch once (stage, step) has been logged."""
+    for _ in range(1200):
+        if (run / "losses.csv").exists() and moment in losses(run):
+            os.killpg(process.pid, signal_number)
+            return process.communicate(timeout=120)[0]
+        time.sleep(0.05)
+    raise AssertionError(process.communicate(timeout=10)[0])

@@ -6,18 +6,18 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from launching import ROOT
 
 from nanollava.runs import (
-    Expected,
     add_losses,
     check_run,
     keep_losses,
     open_run,
     read_losses,
 )
-from nanollava.sources import import_file
+from nanollava.sources import tool
 from nanollava.train import Report
+
+course = tool("course")
 
 
 @pytest.fixture
@@ -77,15 +77,14 @@ def test_the_band_lies_around_the_means_of_ten_steps(tmp_path):
             ("stage1", step, source, loss, 9, 1e-3, 0.1)
             for step, loss in enumerate(losses, 1) for source in ("short", "all")
         ])  # fmt: skip
-    band = import_file(f"{ROOT}/recipes/band.py")
-    band.write_reference([tmp_path / "a", tmp_path / "b"], out := tmp_path / "reference.csv")
-    expected = Expected(str(out), "stage1", 11)
+    course.write_reference([tmp_path / "a", tmp_path / "b"], out := tmp_path / "reference.csv")
+    expected = course.Course(str(out), "stage1", 11)
     told = [expected.tell(step, 2.5) for step in range(1, 13)]
     assert told[0] == "loss 2.500 (expected 1.90-3.15)"  # 2 - 5%, 3 + 5%
     assert told[10] == "loss 2.500 (expected 1.80-3.26)"  # means 1.9 and 3.1
     assert told[11] == "loss 2.500"  # the reference ends at step 11
-    for none in (Expected(str(out), "stage2", 11), Expected("", "stage1", 11),
-                 Expected(str(out), "stage1", 12)):  # fmt: skip
+    for none in (course.Course(str(out), "stage2", 11), course.Course("", "stage1", 11),
+                 course.Course(str(out), "stage1", 12)):  # fmt: skip
         assert none.tell(1, 1) == "loss 1.000"  # another schedule has other losses
 
 
@@ -105,3 +104,15 @@ def test_checkpoints_every_interval_and_before_stopping_but_not_at_the_end(step,
     state = SimpleNamespace(timestamp=SimpleNamespace(batch=step))
     state.max_duration = SimpleNamespace(value=4)
     assert report.due(state, None) is due
+
+
+def test_a_loss_that_jumps_is_told_with_its_sources():
+    watch = course.Course("", "stage1", 99)
+    calm = [1.0, 1.2, 0.8, 1.1, 0.9] * 4
+    assert not any(watch.odd(loss, {}) for loss in [9.0, *calm]), "too few before, or all alike"
+    told = watch.odd(3.0, {"pages": 1.0, "films": 9.25})
+    assert told == "the loss jumps to 3 from 1 +- 0.14 (pages 1, films 9.25)"
+    assert not watch.odd(1.3, {}) and "nan" in watch.odd(float("nan"), {})
+    flat = course.Course("", "stage1", 99)
+    assert not any(flat.odd(loss, {}) for loss in [*[1.0] * 25, 1.1]), "many deviations, no jump"
+    assert flat.odd(1.5, {})

@@ -730,7 +730,8 @@ def test_a_full_disk_keeps_what_is_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data.MDSWriter, "write", full)
     with pytest.raises(
-        OSError, match="no space left; kept what is whole of a in .*part: make room"
+        OSError,
+        match="no space left in .*: make room and run the same again; what is whole is kept",
     ):
         prepare_source(recipe, "a")
     part = Path(f"{shard_folder(recipe, 'a')}.part")

@@ -5,14 +5,13 @@ import json
 import os
 import signal
 import socket
-import time
 import weakref
 
 import pytest
 import torch
 from composer.loggers import InMemoryLogger
 from composer.utils import reproducibility
-from launching import command, finish, losses, start, write_recipe
+from launching import command, finish, losses, start, stop_at, write_recipe
 from PIL import Image
 from safetensors.torch import load_file
 from streaming.base.constant import BARRIER_FILELOCK
@@ -119,16 +118,6 @@ def test_packs_do_not_matter(tiny):
     budgets = [f"stages.{s}.microbatch_tokens=100000" for s in ("stage1", "stage1_5", "stage2")]
     train(read_recipe(recipe, [f"run={run.parent}/packed", *budgets]))
     check_same_course(run, run.parent / "packed")
-
-
-def stop_at(process, run, moment, signal_number) -> str:
-    """Send a signal to the whole launch once (stage, step) has been logged."""
-    for _ in range(1200):
-        if (run / "losses.csv").exists() and moment in losses(run):
-            os.killpg(process.pid, signal_number)
-            return process.communicate(timeout=120)[0]
-        time.sleep(0.05)
-    raise AssertionError(process.communicate(timeout=10)[0])
 
 
 def test_stopped_and_rerun_equals_never_stopped(tiny):

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from nanollava.anyres import Visual, parse_budget
 from nanollava.encoder import ENCODERS
 from nanollava.evaluate import add_line, evaluate, read_lines
+from nanollava.hub import whole
 from nanollava.recipe import Recipe, read_recipe, run_keys, used_sources
 from nanollava.sources import tool
 
@@ -97,7 +98,8 @@ def make(recipe: Recipe, before: str) -> None:
     begun, start = (run / "recipe.yaml").exists(), time.process_time()
     train(recipe)
     seconds = None if begun else round(time.process_time() - start, 1)  # else not all of it
-    (run / "cost.json").write_text(json.dumps({"cpu_seconds": seconds}))
+    with whole(run / "cost.json") as half:
+        half.write_text(json.dumps({"cpu_seconds": seconds}))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from composer.utils import dist, get_device
+import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -252,7 +252,8 @@ def main(run: Path, names: Sequence[str], limit: int = 0, beside: str = "T4:0") 
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
     row_of(beside)  # what is wrong with it is told now
-    dist.initialize_dist(get_device(None))
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        torch.distributed.init_process_group()
     manager, rows, reasons = TaskManager("ERROR", include_path=str(FOLDER)), {}, {}
     tasks = chosen(names, manager.all_subtasks)
     model = Nanollava(str(run), answers=str(run))

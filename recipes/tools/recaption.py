@@ -23,6 +23,7 @@ import torch
 import typer
 
 from nanollava.evaluate import Answer, answer_all, weights_digest
+from nanollava.hub import whole
 from nanollava.prompts import PLACEHOLDER, Turn
 from nanollava.recipe import Source, read_recipe
 from nanollava.sources import images_of, records
@@ -85,12 +86,11 @@ def write(folder: Path, k: int, kept: list[dict], left: list[tuple[str, str]]) -
 
     turn, text = {"from": Value("string"), "value": Value("string")}, Value("string")
     features = {"id": text, "image": Image(), "conversations": [turn], "data_source": text}
-    half = folder / f"{k:05}.half"
     if kept:
-        Dataset.from_list(kept, features=Features(features)).to_parquet(half)
-        os.replace(half, folder / f"{k:05}.parquet")
-    half.write_text(json.dumps({"kept": len(kept), "left out": left}, indent=1))
-    os.replace(half, folder / f"{k:05}.json")
+        with whole(folder / f"{k:05}.parquet") as half:
+            Dataset.from_list(kept, features=Features(features)).to_parquet(half)
+    with whole(folder / f"{k:05}.json") as half:
+        half.write_text(json.dumps({"kept": len(kept), "left out": left}, indent=1))
 
 
 def settle(folder: Path, asked: dict[str, Any]) -> None:

@@ -1,0 +1,152 @@
+"""What goes wrong while a run trains: it stops with the reason, keeps what is whole, and the same
+command ends bit for bit as if nothing had happened.
+"""
+
+import errno
+import random
+import signal
+import time
+from collections import namedtuple
+
+import composer.utils.checkpoint
+import psutil
+import pytest
+import torch
+from launching import finish, losses, start, stop_at, write_recipe
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from nanollava import hub, runs
+from nanollava import model as parts
+from nanollava.data import shard_folder
+from nanollava.recipe import read_recipe
+from nanollava.train import Student, train
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(recipe file, run folder) of a run that nothing happened to."""
+    recipe = write_recipe(tmp_path_factory.mktemp("faults"))
+    train(read_recipe(recipe, [f"run={recipe.parent}/whole"]))
+    return recipe, recipe.parent / "whole"
+
+
+def again(whole, run) -> None:
+    """The same command: it ends as the run that nothing happened to."""
+    recipe, unharmed = whole
+    train(read_recipe(recipe, [f"run={run}"]))
+    one, two = (load_file(folder / "model.safetensors") for folder in (unharmed, run))
+    assert losses(unharmed) == losses(run) and all(one[name].equal(two[name]) for name in one)
+
+
+def stops(whole, run, error, told: str) -> None:
+    """A run that stops with an error."""
+    with pytest.raises(error, match=told):
+        train(read_recipe(whole[0], [f"run={run}"]))
+    assert not (run / "model.safetensors").exists()
+
+
+def test_a_disk_that_is_full_at_a_checkpoint(whole, tmp_path, monkeypatch):
+    """Half of it lies there; the one before is whole."""
+    write, before = composer.utils.checkpoint._write_checkpoint_file, []
+
+    def full(state, name):
+        before.append(name)
+        if "stage2-ba9" in name:
+            with open(name, "wb") as file:
+                file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(state, name)
+
+    monkeypatch.setattr(composer.utils.checkpoint, "_write_checkpoint_file", full)
+    told = "no space left in .*run: make room and run the same again; what is whole is kept"
+    stops(whole, tmp_path / "run", OSError, told)
+    assert "stage2-ba6" in before[-2]
+    monkeypatch.undo()
+    again(whole, tmp_path / "run")
+    assert losses(tmp_path / "run").keys() == losses(whole[1]).keys()
+
+
+def test_a_disk_that_is_full_when_a_stage_ends(whole, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(parts, "save_file", full)
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: usage(1, 1, 0))
+    stops(whole, tmp_path / "run", OSError, "no space left in .*run: make room")
+    monkeypatch.undo()
+    again(whole, tmp_path / "run")
+
+
+def test_a_loss_that_is_no_number(whole, tmp_path, monkeypatch):
+    """It names the samples and their sources, and the last checkpoint is of a step before it."""
+    forward, steps = Student.forward, [0]
+
+    def broken(self, packed):
+        steps[0] += 1
+        found = forward(self, packed)
+        return found * torch.nan if steps[0] == 8 else found
+
+    monkeypatch.setattr(Student, "forward", broken)
+    told = r"stage1_5 step \d: the loss is nan \(mixed nan\); samples train-\d+, "
+    stops(whole, tmp_path / "run", ValueError, told)
+    assert "the loss is nan" in (tmp_path / "run/notes.txt").read_text()
+    monkeypatch.undo()
+    again(whole, tmp_path / "run")
+
+
+def test_an_error_that_is_none_of_these_stays_what_it_is(whole, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("another reason")
+
+    monkeypatch.setattr(Student, "forward", broken)
+    stops(whole, tmp_path / "run", RuntimeError, "another reason")
+
+
+def test_shards_that_rot_name_the_sample(whole, tmp_path):
+    """Of the right size, with other bytes: `prepare` cannot see it without reading all of it."""
+    recipe = read_recipe(whole[0], [f"run={tmp_path}/run", f"data={tmp_path}/data"])
+    runs.write_recipe(recipe, tmp_path / "own.yaml")
+    train(read_recipe(tmp_path / "own.yaml", ["stages.stage1_5=null", "stages.stage2=null"]))
+    (shard,) = shard_folder(recipe, "mixed").glob("*.mds")
+    data = bytearray(shard.read_bytes())
+    place = data.find(b"PNG", len(data) // 2)
+    data[place : place + 3] = b"???"
+    shard.write_bytes(data)
+    told = r"shards of mixed are damaged: train-\d+: unreadable image"
+    with pytest.raises(ValueError, match=told):
+        train(read_recipe(tmp_path / "own.yaml", [f"run={tmp_path}/other"]))
+
+
+def test_a_clock_that_jumps(whole, tmp_path, monkeypatch):
+    real, draw = time.time, random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: real() + draw.choice((-86400, 0, 86400)))
+    again(whole, tmp_path / "run")
+
+
+def test_a_worker_that_is_killed(whole, tmp_path):
+    """The run ends with the reason instead of waiting."""
+    run = tmp_path / "run"
+    process, killed = start(whole[0], f"run={run}"), False
+    while not killed and process.poll() is None:
+        if (run / "losses.csv").exists() and ("stage2", 4) in losses(run):
+            below = psutil.Process(process.pid).children(recursive=True)
+            for worker in (p for p in below if p.parent() in below and not p.children()):
+                worker.send_signal(signal.SIGKILL)
+                killed = True
+        time.sleep(0.02)
+    told = finish(process, code=1)
+    assert killed and "DataLoader worker" in told
+    again(whole, run)
+
+
+def test_other_processes_go_on_in_the_same_order(whole, tmp_path):
+    """One process until a kill in stage 2, then two."""
+    recipe, unharmed = whole
+    run = tmp_path / "run"
+    stop_at(start(recipe, f"run={run}"), run, ("stage2", 8), signal.SIGKILL)
+    told = finish(start(recipe, f"run={run}", flags=("-n", "2")))
+    assert f"{run} goes on in the same order, now with 2 processes, not 1" in told
+    one, two = losses(unharmed), losses(run)
+    assert one.keys() == two.keys() and max(abs(one[k] - two[k]) for k in one) < 1e-5
