@@ -149,7 +149,12 @@ def load_tokenizer(name: str):
     _local(name)
     own = (Path(name) / "tokenizer.json").is_file()
     kind = transformers.PreTrainedTokenizerFast if own else transformers.AutoTokenizer
-    return kind.from_pretrained(name)
+    try:
+        return kind.from_pretrained(name)
+    except Exception as error:
+        if type(error) is not Exception:  # which tokenizers raises for a damaged file
+            raise
+        raise ValueError(f"{name}: damaged tokenizer.json: {error}") from error
 
 
 def config_of(name: str, random: bool = False) -> transformers.PretrainedConfig:

@@ -29,6 +29,7 @@ from nanollava.hub import fetching
 HUB = "hf://datasets/"
 BROKEN = (OSError, ValueError, EOFError, RuntimeError, zlib.error, tarfile.TarError,
           zipfile.BadZipFile)  # fmt: skip
+LARGEST = 2**28  # bytes of an image in a container
 IMAGES = ("image", "jpg", "jpeg", "png", "webp")  # columns, of which a row fills one
 ANSWERS = ("conversations", "ground_truth", "txt")  # LLaVA, SynthDOG, captions: a row has one
 
@@ -160,7 +161,9 @@ def from_json(kind: str, files: list[Path]) -> Iterator[dict]:
         with reading(box):
             for member, content in StreamingDownloadManager().iter_archive(str(box)):
                 name = Path(member) if Path(member) in waiting else Path(*Path(member).parts[1:])
-                image = content.read() if name in waiting else b""
+                image = content.read(LARGEST + 1) if name in waiting else b""
+                if len(image) > LARGEST:  # a few MB of a zip can hold many GB of zeros
+                    raise ValueError(f"{member}: more than {LARGEST:,} bytes")
                 yield from (record | {"image": image} for record in waiting.pop(name, ()))
     for name, lost in waiting.items():
         error = f"image {name} is in none of {', '.join(box.name for box in boxes)}"
