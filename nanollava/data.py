@@ -182,12 +182,12 @@ class Documents(StreamingDataset):
 
     def __getitem__(self, i: int) -> Document:
         row = super().__getitem__(i)
-        name, source = row["id"], row["source"]
         try:
             images = [open_image(data) for data in split_images(row["image"], row["sizes"])]
         except ValueError as error:  # prepare could read it
-            raise ValueError(f"shards of {source} are damaged: {name}: {error}") from error
-        return self.writer(read_turns(row["conversations"], len(images)), images, name, source)
+            raise ValueError(f"{row['source']}: damaged shards: {row['id']}: {error}") from error
+        turns = read_turns(row["conversations"], len(images))
+        return self.writer(turns, images, row["id"], row["source"])
 
 
 class Loader(StreamingDataLoader):

@@ -33,8 +33,9 @@ def room_in(folder: Path, half: str = "") -> Iterator[None]:
         if getattr(error, "errno", 0) != errno.ENOSPC and shutil.disk_usage(folder).free > FULL:
             raise
         shutil.rmtree(half, ignore_errors=True)  # others need room, too
-        told = f"no space left in {folder}: make room and run the same again; what is whole is kept"
-        raise OSError(errno.ENOSPC, told) from error
+        raise OSError(
+            errno.ENOSPC, f"no space left in {folder}: make room, run it again"
+        ) from error
 
 
 @contextmanager

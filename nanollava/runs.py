@@ -60,8 +60,7 @@ def open_run(recipe: Recipe, processes: int) -> None:
     file = run / "environment.json"  # one entry for each start
     starts = json.loads(file.read_text()) if file.exists() else []
     if starts and starts[-1]["processes"] != processes:
-        before = starts[-1]["processes"]
-        print(f"{run} goes on in the same order, now with {processes} processes, not {before}")
+        print(f"{run} goes on in the same order, now with {processes} processes")
     with whole(file) as half:
         half.write_text(json.dumps([*starts, environment], indent=1))
 

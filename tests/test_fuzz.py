@@ -80,7 +80,9 @@ def test_a_small_file_that_holds_a_lot_is_refused_before_it_is_unpacked(tmp_path
     image.save(file := io.BytesIO(), "PNG")
     assert len(file.getvalue()) < 200_000
     del image
-    with pytest.raises(ValueError, match="30000x30000 pixels, limit 150,000,000"):
+    with pytest.raises(
+        ValueError, match="unreadable image: Image size .900000000 pixels. exceeds limit"
+    ):
         open_image(file.getvalue())
     bomb, told = zeros("images/a.png", 2**31), []
     assert len(bomb) < 3e6
