@@ -80,9 +80,7 @@ def test_a_small_file_that_holds_a_lot_is_refused_before_it_is_unpacked(tmp_path
     image.save(file := io.BytesIO(), "PNG")
     assert len(file.getvalue()) < 200_000
     del image
-    with pytest.raises(
-        ValueError, match="unreadable image: Image size .900000000 pixels. exceeds limit"
-    ):
+    with pytest.raises(ValueError, match="900000000 pixels. exceeds limit"):
         open_image(file.getvalue())
     bomb, told = zeros("images/a.png", 2**31), []
     assert len(bomb) < 3e6

@@ -731,7 +731,7 @@ def test_a_full_disk_keeps_what_is_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(data.MDSWriter, "write", full)
     with pytest.raises(
         OSError,
-        match="no space left in .*: make room and run the same again; what is whole is kept",
+        match="no space left in .*: make room, run it again is kept",
     ):
         prepare_source(recipe, "a")
     part = Path(f"{shard_folder(recipe, 'a')}.part")
