@@ -12,7 +12,6 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
 # The hub's own errors and, by their parents, those of the HTTP library, which changes by version.
-FULL = 2**20  # bytes that a full disk may have left
 NETWORK = (OSError, RuntimeError, HfHubHTTPError, *HfHubHTTPError.__bases__)
 
 
@@ -30,12 +29,11 @@ def room_in(folder: Path, half: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if getattr(error, "errno", 0) != errno.ENOSPC and shutil.disk_usage(folder).free > FULL:
+        if getattr(error, "errno", 0) != errno.ENOSPC and shutil.disk_usage(folder).free > 2**20:
             raise
         shutil.rmtree(half, ignore_errors=True)  # others need room, too
-        raise OSError(
-            errno.ENOSPC, f"no space left in {folder}: make room, run it again"
-        ) from error
+        told = f"no space left in {folder}: make room, run it again"
+        raise OSError(errno.ENOSPC, told) from error
 
 
 @contextmanager
