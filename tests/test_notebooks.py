@@ -28,6 +28,7 @@ def cells(file, kind):
     return [cell for cell in notebook.cells if cell.cell_type == kind]
 
 
+@pytest.mark.notebooks
 @pytest.mark.parametrize("file", LESSONS)
 def test_runs_from_top_to_bottom(file, monkeypatch, tmp_path):
     monkeypatch.setenv("NANOLLAVA_QUICK", "1")

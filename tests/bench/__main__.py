@@ -28,10 +28,10 @@ with the same weights.
 """
 
 
-def run(name: str) -> list:
-    """One bench's rows."""
+def run(name: str) -> list[tuple[str, list[str]]]:
+    """One bench's rows as text: a Row would bring torch here, and forks after it may hang."""
     sys.path.insert(0, str(HERE))
-    return import_module(name).main()
+    return [(str(row), row.cells()) for row in import_module(name).main()]
 
 
 def commit() -> str:
@@ -47,9 +47,9 @@ def main() -> None:
     begin, rows, chosen = time.perf_counter(), [], sys.argv[1:] or NAMES
     with get_context("fork").Pool(1, maxtasksperchild=1) as one:  # nothing is loaded here yet
         for name in chosen:
-            for row in one.apply(run, (name,)):
-                print(row, flush=True)
-                rows.append(row)
+            for told, cells in one.apply(run, (name,)):
+                print(told, flush=True)
+                rows.append(cells)
     if sys.argv[1:]:
         return
     head = HEAD.format(
@@ -57,7 +57,7 @@ def main() -> None:
         minutes=(time.perf_counter() - begin) / 60,
         **{name: version(name) for name in ("torch", "transformers", "mosaicml")},
     )  # fmt: skip
-    lines = ["| " + " | ".join(row.cells()) + " |" for row in rows]
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
     (HERE / "RESULTS.md").write_text(head + "\n".join(lines) + "\n")
 
 
