@@ -2,6 +2,7 @@
 
 import io
 import os
+import tarfile
 from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,6 +33,16 @@ def film(frames, width=64, height=48, kind="mp4"):
             video.mux(stream.encode(av.VideoFrame.from_ndarray(grey, "rgb24")))
         video.mux(stream.encode())
     return file.getvalue()
+
+
+def tar(members: dict[str, bytes], mode: str = "w") -> bytes:
+    """A tar of files."""
+    with tarfile.open(fileobj=(out := io.BytesIO()), mode=mode) as box:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            box.addfile(info, io.BytesIO(content))
+    return out.getvalue()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import io
 import json
 import shutil
 import sys
-import tarfile
 import tempfile
 import time
 import zipfile
@@ -24,7 +23,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import film  # noqa: E402
+from conftest import film, tar  # noqa: E402
 
 from nanollava import generate  # noqa: E402
 from nanollava.anyres import open_image  # noqa: E402
@@ -51,16 +50,6 @@ def picture(kind: str, mode: str = "RGB", **keys) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(file := io.BytesIO(), kind, **keys)
     return file.getvalue()
-
-
-def tar(files: dict[str, bytes]) -> bytes:
-    """A tar of files."""
-    with tarfile.open(fileobj=(out := io.BytesIO()), mode="w") as box:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            box.addfile(info, io.BytesIO(data))
-    return out.getvalue()
 
 
 def archive(files: dict[str, bytes]) -> bytes:
@@ -92,7 +81,7 @@ def pdf() -> bytes:
     return out.getvalue()
 
 
-def read(where: str, folder: Path) -> None:
+def read(where: str) -> None:
     """The first records of a source, as `prepare` looks at them."""
     for _ in islice(usable(records(Source(where), 0), []), 8):
         pass
@@ -104,7 +93,7 @@ def file_of(name: str) -> Callable[[bytes, Path], None]:
 
     def door(data: bytes, folder: Path) -> None:
         (folder / name).write_bytes(data)
-        read(f"{kind}:{folder / name}", folder)
+        read(f"{kind}:{folder / name}")
 
     return door
 
@@ -115,7 +104,7 @@ def boxed(name: str) -> Callable[[bytes, Path], None]:
     def door(data: bytes, folder: Path) -> None:
         (folder / "list.json").write_text(json.dumps(RECORDS))
         (folder / name).write_bytes(data)
-        read(f"json:{folder}/list.json+{name}", folder)
+        read(f"json:{folder}/list.json+{name}")
 
     return door
 

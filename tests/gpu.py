@@ -32,7 +32,7 @@ from nanollava.llm import flash_varlen
 from nanollava.model import TRAIN, VLM
 from nanollava.prompts import Turn
 from nanollava.recipe import Stage
-from nanollava.sequence import Document, pack, split
+from nanollava.sequence import Document, pack
 from nanollava.sources import tool
 
 memory = tool("plan").memory
@@ -90,19 +90,6 @@ def clock(device: str, run: Callable[[], None], times: int, warm: int) -> float:
     return sorted(seconds)[len(seconds) // 2]
 
 
-def train_step(model: VLM, optimizer, documents: list[Document], budget: int) -> float:
-    """A whole optimizer step; returns the mean loss over supervised tokens."""
-    learned, total = sum(d.learned for d in documents), 0.0
-    for packed in split(documents, budget):
-        losses = model(pack(packed, model.row.tile).to(model.newline.device))
-        (losses.sum() / learned).backward()
-        total += losses.detach().sum() / learned
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(total)
-
-
 def attention(model: VLM, documents: list[Document], device: str) -> None:
     """Losses on the device against the CPU's float32."""
     packed = pack(documents, model.row.tile)
@@ -119,12 +106,12 @@ def training(model: VLM, documents: list[Document], device: str, steps: int, bud
     model.set_trainable("full")
     optimizer = torch.optim.AdamW(model.groups(2e-5, 2e-6, 2e-5, 0.0), fused=True)
     few = documents[:8]
-    losses = [train_step(model, optimizer, few, budget) for _ in range(steps)]
+    losses = [peer.train_step(model, optimizer, few, budget) for _ in range(steps)]
     told(f"loss over {steps} steps on 8 documents", f"{losses[0]:.3f} -> {losses[-1]:.3f}", "falls")
     assert losses[-1] < losses[0]
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    step = lambda: train_step(model, optimizer, documents, budget)  # noqa: E731
+    step = lambda: peer.train_step(model, optimizer, documents, budget)  # noqa: E731
     seconds = clock(device, step, min(20, steps), min(5, steps))
     n, keys = len(documents), model.recipe.visual
     flops = step_flops(
@@ -181,7 +168,7 @@ def waiting(model: VLM, device: str, steps: int, batch: int, budget: int) -> Non
         documents = next(source)
         lost += (time.perf_counter() - before) * (i >= 2)
         begin = begin or before * (i >= 2)
-        train_step(model, optimizer, documents, budget)
+        peer.train_step(model, optimizer, documents, budget)
     told("G3 waiting for data", f"{lost / (time.perf_counter() - begin):.1%}", "< 2%")
 
 
@@ -190,7 +177,6 @@ def generation(model: VLM, image: bytes, device: str, room: int) -> None:
     other = peer.peer_of(model.float().cpu()).to(device)
     asked = document(model, image, 0, answer=True)
     inputs = {k: v.to(device) for k, v in peer.batch(model, [asked], left=True).items()}
-    inputs.pop("labels")
     half = torch.bfloat16 if device == "cuda" else torch.float32
     other.to(half)
     inputs["pixel_values"] = inputs["pixel_values"].to(half)

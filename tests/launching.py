@@ -7,7 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2Config
+
+from nanollava.runs import read_losses
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = str(Path(sys.executable).parent / "composer")
@@ -83,6 +86,15 @@ def losses(run: Path) -> dict[tuple[str, int], float]:
     with (run / "losses.csv").open() as file:
         rows = list(csv.DictReader(file))
     return {(r["stage"], int(r["step"])): float(r["loss"]) for r in rows if r["source"] == "all"}
+
+
+def check_equal_runs(one: Path, two: Path) -> None:
+    """The same weights to the last bit, the same loss of each source at each step."""
+    first, second = (load_file(run / "model.safetensors") for run in (one, two))
+    assert first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first)
+    first, second = ([{k: v for k, v in row.items() if k != "seconds"} for row in read_losses(run)]
+                     for run in (one, two))  # fmt: skip
+    assert first == second and len(first) >= 28
 
 
 def stop_at(process, run, moment, signal_number) -> str:

@@ -7,6 +7,7 @@ our weights are copied over by name. The mosaic budget, GELU and raster order ar
 
 import json
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import open_clip
@@ -32,15 +33,16 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from nanollava.anyres import Visual, layout, parse_budget, parse_grids
+from nanollava.anyres import Visual, layout, open_image, parse_budget, parse_grids
 from nanollava.cost import count as totals
+from nanollava.data import usable
 from nanollava.encoder import CLIP_MEAN, CLIP_STD, ENCODERS, Row
 from nanollava.llm import config_of
 from nanollava.model import VLM
-from nanollava.prompts import IGNORE, IMAGE
+from nanollava.prompts import IGNORE, IMAGE, read_turns
 from nanollava.recipe import Recipe
-from nanollava.sequence import Document
-from nanollava.sources import tool
+from nanollava.sequence import Document, pack, split
+from nanollava.sources import records, tool
 
 hf = tool("hf")
 
@@ -235,7 +237,9 @@ def peer_of(model: VLM, device: str = "cpu") -> LlavaOnevisionForConditionalGene
 
 
 def batch(model: VLM, documents: list[Document], left: bool = False) -> dict[str, Tensor]:
-    """The peer's padded batch of our documents, each with one image at most."""
+    """The peer's padded batch of our documents, each with one image at most; padded on the `left`
+    they are prompts, and nothing is learned.
+    """
     most = max(len(d.ids) for d in documents)
     views = max(len(d.views) for d in documents)
     image, pad = (model.tokenizer.convert_tokens_to_ids(t) for t in ("<image>", SPECIALS[0]))
@@ -246,15 +250,47 @@ def batch(model: VLM, documents: list[Document], left: bool = False) -> dict[str
 
     out = {
         "input_ids": stack([d.ids.masked_fill(d.ids == IMAGE, image) for d in documents], pad),
-        "labels": stack([d.labels for d in documents], -100),
         "attention_mask": stack([torch.ones_like(d.ids) for d in documents], 0),
     }
+    if not left:
+        out["labels"] = stack([d.labels for d in documents], -100)
     seen = [d for d in documents if d.layouts]
     if seen:
         pixels = [(d.views - model.encoder.mean) / model.encoder.std for d in seen]
         out["pixel_values"] = torch.stack([F.pad(x, (0,) * 7 + (views - len(x),)) for x in pixels])
         out["image_sizes"] = torch.tensor([d.layouts[0].size[::-1] for d in seen])
     return out
+
+
+@torch.inference_mode()
+def write(peer: LlavaOnevisionForConditionalGeneration, prompts: dict, room: int) -> list[list]:
+    """The ids that the peer's `generate` puts after a batch of prompts, greedily."""
+    out = peer.generate(**prompts, max_new_tokens=room, do_sample=False)
+    return out[:, prompts["input_ids"].shape[1] :].tolist()
+
+
+def train_step(model: VLM, optimizer: torch.optim.Optimizer, documents: list, budget: int) -> float:
+    """A whole optimizer step; returns the mean loss over supervised tokens."""
+    learned, total = sum(d.learned for d in documents), 0.0
+    for packed in split(documents, budget):
+        losses = model(pack(packed, model.row.tile).to(model.newline.device))
+        (losses.sum() / learned).backward()
+        total += losses.detach().sum() / learned
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(total)
+
+
+def stage_documents(model: VLM, name: str, most: int = 1000) -> list[Document]:
+    """What a stage trains on: the first samples of each of its sources."""
+    recipe, stage = model.recipe, model.recipe.stages[name]
+    writer = model.writer(recipe.visual_of(stage), stage.template)
+    return [
+        writer(read_turns(row["conversations"], len(images)), [open_image(x) for x in images])
+        for source in stage.sources
+        for row, images in usable(islice(records(recipe.sources[source], recipe.seed), most), [])
+    ]
 
 
 def processor(model: VLM) -> LlavaOnevisionProcessor:

@@ -12,9 +12,8 @@ import composer.utils.checkpoint
 import psutil
 import pytest
 import torch
-from launching import finish, losses, start, stop_at, write_recipe
+from launching import check_equal_runs, finish, losses, start, stop_at, write_recipe
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from nanollava import hub, runs
 from nanollava import model as parts
@@ -35,8 +34,7 @@ def again(whole, run) -> None:
     """The same command: it ends as the run that nothing happened to."""
     recipe, unharmed = whole
     train(read_recipe(recipe, [f"run={run}"]))
-    one, two = (load_file(folder / "model.safetensors") for folder in (unharmed, run))
-    assert losses(unharmed) == losses(run) and all(one[name].equal(two[name]) for name in one)
+    check_equal_runs(unharmed, run)
 
 
 def stops(whole, run, error, told: str) -> None:

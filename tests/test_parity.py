@@ -178,10 +178,7 @@ def test_documents_do_not_see_each_other(model):
 
 def peer_answers(model: VLM, other, prompts: list[Document], room: int) -> list[list[int]]:
     """What the peer's `generate` writes after a left-padded batch, without the end of turn."""
-    inputs = peer.batch(model, prompts, left=True)
-    inputs.pop("labels")
-    out = other.generate(**inputs, max_new_tokens=room, do_sample=False)
-    out = out[:, inputs["input_ids"].shape[1] :].tolist()
+    out = peer.write(other, peer.batch(model, prompts, left=True), room)
     stop = other.generation_config.eos_token_id
     return [ids[: [*ids, stop].index(stop)] for ids in out]
 

@@ -3,20 +3,18 @@
 import json
 import re
 from dataclasses import replace
-from itertools import islice
 
 import pytest
 import torch
 from launching import ROOT, command, write_recipe
+from peer import stage_documents
 
-from nanollava.anyres import open_image
 from nanollava.cost import forward_flops
-from nanollava.data import prepare, usable
+from nanollava.data import prepare
 from nanollava.model import VLM
-from nanollava.prompts import read_turns
 from nanollava.recipe import Source, Stage, read_recipe
 from nanollava.sequence import pack
-from nanollava.sources import records, tool
+from nanollava.sources import tool
 from nanollava.train import Student
 
 PLAN = tool("plan")
@@ -29,20 +27,9 @@ def tiny(tmp_path_factory):
     return read_recipe(write_recipe(tmp_path_factory.mktemp("plan")))
 
 
-def documents(recipe, name, most=1000) -> list:
-    """What a stage really trains on, its first samples."""
-    stage = recipe.stages[name]
-    writer = VLM(recipe, "random").writer(recipe.visual_of(stage), stage.template)
-    return [
-        writer(read_turns(row["conversations"], len(images)), [open_image(x) for x in images])
-        for source in stage.sources
-        for row, images in islice(usable(records(recipe.sources[source], recipe.seed), []), most)
-    ]
-
-
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
 def test_tokens_and_flops_are_those_of_the_documents(tiny, name):
-    found, real = plan(tiny)[name], documents(tiny, name)
+    found, real = plan(tiny)[name], stage_documents(VLM(tiny, "random"), name)
     n = len(real)
     assert n == 80 and found["samples"] == n and found["steps"] == (4 if name == "stage1" else 20)
     assert found["positions"] == pytest.approx(sum(len(d.ids) for d in real) / n)
@@ -90,7 +77,7 @@ def test_activations_are_those_that_autograd_keeps(train, again):
     model.checkpoint_activations(again)
     model.encoder.plain = False  # the plain kernel keeps the attention matrix, too
     model.encoder.visual.conv1.requires_grad_(False)
-    several = documents(recipe, "stage2", 12)
+    several = stage_documents(model, "stage2", 12)
     packed = pack(several, model.row.tile)
     stage = Stage(train=train, checkpoint_activations=again, microbatch_tokens=1, batch_size=1)
     total = {"positions": len(packed.ids), "views": len(packed.views), "learned": packed.learned,

@@ -12,10 +12,10 @@ from streaming import MDSWriter, Stream
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 
-from nanollava.anyres import layout
 from nanollava.data import Documents
 from nanollava.recipe import read_recipe
-from nanollava.sequence import split
+from nanollava.sequence import Writer, split
+from nanollava.sources import tool
 
 BATCH, WORKERS, NODE = 256, 2, 8  # samples a step, loader workers a process, processes a node
 COUNTS = [1, 16, 256]
@@ -40,14 +40,11 @@ def samples(request, tmp_path_factory):
 def lengths(n: int) -> np.ndarray:
     """Positions of documents as `plan` takes LLaVA-NeXT's to be, words of any number."""
     recipe, draw = read_recipe(ROOT / "recipes/qwen05b.yaml"), np.random.default_rng(0)
-    known = recipe.sources["llava_next_779k"].assume
-    seen = {"none": 0}
-    for size in known.sizes.keys() - {"none"}:
-        pair = tuple(map(int, size.split("x")))
-        seen[size] = layout(pair, recipe.visual, 384, 27).length
-    share = np.array([*known.sizes.values()])
-    visual = draw.choice([seen[size] for size in known.sizes], n, p=share / share.sum())
-    return visual + draw.gamma(2, known.text / 2, n).astype(int)
+    writer = Writer(None, recipe.visual, 384, 27, recipe.template)
+    assumed, *_ = tool("plan").sketches(recipe, "llava_next_779k", writer)
+    text = recipe.sources["llava_next_779k"].assume.text
+    visual = draw.choice([len(sketch.ids) - text for sketch in assumed], n)
+    return visual + draw.gamma(2, text / 2, n).astype(int)
 
 
 def order(dataset: Documents, processes: int, seen: int = 0) -> np.ndarray:

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import sys
-import tarfile
 import tempfile
 import threading
 import zipfile
@@ -22,6 +21,7 @@ import datasets
 import numpy as np
 import pytest
 import requests
+from conftest import tar
 from filelock import FileLock, Timeout
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image
@@ -163,11 +163,7 @@ def write_zip(file, members):
 
 
 def write_tar(file, members, mode="w:gz"):
-    with tarfile.open(file, mode) as box:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            box.addfile(info, io.BytesIO(content))
+    Path(file).write_bytes(tar(members, mode))
 
 
 def write_parquet(file, rows, **columns):

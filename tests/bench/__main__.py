@@ -1,11 +1,12 @@
 """All benches, each in a process of its own -> one table, in RESULTS.md beside this file.
 
-python tests/bench                  # about a quarter of an hour on one idle core
-python tests/bench step generate    # some of them; the table is printed alone
+    python tests/bench                  # about twenty minutes on one idle core
+    python tests/bench step generate    # some of them; the table is printed alone
+
+Only the processes load torch: one that is forked after it may wait for ever.
 """
 
 import platform
-import subprocess
 import sys
 import time
 from datetime import date
@@ -29,17 +30,15 @@ with the same weights.
 
 
 def run(name: str) -> list[tuple[str, list[str]]]:
-    """One bench's rows as text: a Row would bring torch here, and forks after it may hang."""
-    sys.path.insert(0, str(HERE))
+    """One bench's rows as text: a Row would bring torch here."""
     return [(str(row), row.cells()) for row in import_module(name).main()]
 
 
 def commit() -> str:
-    """The commit that was measured, marked if the package was changed since."""
-    git = ["git", "-C", str(HERE)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/nanollava"])
-    return head.stdout.strip() + " with changes" * (changed.returncode != 0)
+    """The commit that is measured, as results of ablations name theirs."""
+    from nanollava.sources import tool
+
+    return tool("ablate").commit()
 
 
 def main() -> None:
@@ -50,10 +49,11 @@ def main() -> None:
             for told, cells in one.apply(run, (name,)):
                 print(told, flush=True)
                 rows.append(cells)
+        at = one.apply(commit)
     if sys.argv[1:]:
         return
     head = HEAD.format(
-        date=date.today(), commit=commit(), machine=platform.machine(),
+        date=date.today(), commit=at, machine=platform.machine(),
         minutes=(time.perf_counter() - begin) / 60,
         **{name: version(name) for name in ("torch", "transformers", "mosaicml")},
     )  # fmt: skip

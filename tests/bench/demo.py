@@ -6,6 +6,7 @@ Everything goes through Gradio's client, so a figure is what a visitor waits for
 the same moment, each about a page that is new to them in every round.
 """
 
+import os
 import socket
 import statistics
 import subprocess
@@ -55,14 +56,20 @@ def usable(port: int, server: subprocess.Popen) -> Client:
     raise RuntimeError(f"the demo ended with exit code {server.returncode}")
 
 
-def main() -> None:
-    """Start the demo, measure, stop it."""
+def serve(**environment: str) -> tuple[subprocess.Popen, int]:
+    """The demo, and its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start = time.perf_counter()
     command = [sys.executable, str(ROOT / "demo/app.py"), "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, env={**os.environ, **environment}, **quiet), port
+
+
+def main() -> None:
+    """Start the demo, measure, stop it."""
+    start = time.perf_counter()
+    server, port = serve()
     try:
         client = usable(port, server)
         print(f"usable after {time.perf_counter() - start:.1f} s")

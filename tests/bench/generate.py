@@ -10,7 +10,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
@@ -35,11 +34,7 @@ def main() -> list[Row]:
         return model.writer()([Turn("user", f"<image>\n{text}", 1)], [image], answer=True)
 
     def theirs(room: int, document) -> list[int]:
-        inputs = peer.batch(model, [document], left=True)
-        del inputs["labels"]
-        with torch.inference_mode():
-            out = other.generate(**inputs, max_new_tokens=room, do_sample=False)
-        return out[0, inputs["input_ids"].shape[1] :].tolist()
+        return peer.write(other, peer.batch(model, [document], left=True), room)[0]
 
     def ours(room: int, document) -> list[int]:
         return [token for (token,) in assistant.stream([document], room)]

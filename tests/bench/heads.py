@@ -9,8 +9,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 from contest import Row, race, ratio, told  # noqa: E402
@@ -26,7 +24,6 @@ WORDS = ("tax", "total", "name", "date", "city", "price")
 
 def main() -> list[Row]:
     """What sharing saves."""
-    torch.set_num_threads(1)
     assistant, world = load(ROOT / "demo/nano"), import_file(f"{ROOT}/recipes/nano/world.py")
     pages = [record["image"] for record in world.doc("test", 40, 0)]
     items = [([Turn("user", f"<image>\nwhat is the {word}?", 1)], [page])

@@ -9,7 +9,6 @@ one length: how far the times lie from a line through them.
 
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -17,42 +16,25 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+import peer  # noqa: E402
 from contest import Row  # noqa: E402
 
-from nanollava.anyres import open_image  # noqa: E402
 from nanollava.cost import forward_flops, rates, step_flops  # noqa: E402
-from nanollava.data import usable  # noqa: E402
 from nanollava.model import TRAIN, VLM  # noqa: E402
-from nanollava.prompts import read_turns  # noqa: E402
 from nanollava.recipe import read_recipe  # noqa: E402
-from nanollava.sequence import Document, pack  # noqa: E402
-from nanollava.sources import records  # noqa: E402
+from nanollava.sequence import Document  # noqa: E402
 
 STEPS = 7
-
-
-def documents(model: VLM, name: str, most: int) -> list[Document]:
-    """Some of each of a stage's sources, in turn."""
-    recipe, stage = model.recipe, model.recipe.stages[name]
-    writer, found = model.writer(recipe.visual_of(stage), stage.template), []
-    for source in stage.mix:
-        some = usable(islice(records(recipe.sources[source], 0), most // len(stage.mix)), [])
-        found += [writer(read_turns(row["conversations"], len(images)), [*map(open_image, images)])
-                  for row, images in some]  # fmt: skip
-    return found
 
 
 def seconds(model: VLM, some: list[Document]) -> float:
     """CPU seconds of a training step on one pack, the median."""
     optimizer = torch.optim.AdamW(model.groups(1e-4, 1e-4, 1e-4, 0.0), fused=True)
-    times, row = [], pack(some, model.row.tile)
+    times, all_in_one = [], sum(len(d.ids) for d in some)
     for _ in range(STEPS + 2):
         begin = time.process_time()
-        model(row).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        peer.train_step(model, optimizer, some, all_in_one)
         times.append(time.process_time() - begin)
     return median(times[2:])
 
@@ -60,7 +42,7 @@ def seconds(model: VLM, some: list[Document]) -> float:
 def speed(model: VLM, name: str) -> float:
     """Useful FLOPs a second of a stage's steps."""
     stage, keys = model.recipe.stages[name], model.recipe.visual
-    some = documents(model, name, 32)
+    some = peer.stage_documents(model, name, 16)
     forward = forward_flops(rates(model), some, model.row.side**2, keys.pool_after_projector)
     model.set_trainable(stage.train)
     return step_flops(forward, TRAIN[stage.train]) / seconds(model, some)
@@ -72,7 +54,10 @@ def main() -> list[Row]:
     model = VLM(read_recipe(ROOT / "recipes/nano.yaml", precision="fp32")).train()
     found = {name: speed(model, name) for name in ("stage1_5", "stage2")}
     off = 100 * abs(found["stage2"] / found["stage1_5"] - 1)
-    one, counts = max(documents(model, "stage2", 32), key=lambda d: len(d.ids)), (8, 16, 32, 64)
+    one, counts = (
+        max(peer.stage_documents(model, "stage2", 16), key=lambda d: len(d.ids)),
+        (8, 16, 32, 64),
+    )
     times = [seconds(model, [one] * n) for n in counts]
     line = np.polyval(np.polyfit(counts, times, 1), counts)
     return [

@@ -12,7 +12,6 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
@@ -24,7 +23,7 @@ from nanollava.prompts import Turn  # noqa: E402
 from nanollava.sequence import Document  # noqa: E402
 from nanollava.sources import tool  # noqa: E402
 
-ROOM = 48  # captions are longer; of eight images and 32 tokens the prompt takes nearly all the time
+ROOM = 48  # captions are longer; of four images and 32 tokens the prompt takes nearly all the time
 MIXED = [(320, 240), (640, 480), (480, 800), (1024, 768), (900, 300), (1200, 1600), (768, 768),
          (600, 2000)]  # fmt: skip
 BATCHES = {"mixed sizes": MIXED, "1024 x 768": [(1024, 768)] * 8}
@@ -49,14 +48,11 @@ def main() -> list[Row]:
 def compare(title: str, assistant: Assistant, other, documents: list[Document]) -> Row:
     """One batch: equal captions, both times."""
     model = assistant.model
-    inputs = peer.batch(model, documents, left=True)
-    del inputs["labels"]
+    prompts = peer.batch(model, documents, left=True)
 
     def theirs():
-        with torch.inference_mode():
-            out = other.generate(**inputs, max_new_tokens=ROOM, do_sample=False)
-        ends = out[:, inputs["input_ids"].shape[1] :]
-        return model.tokenizer.batch_decode(ends, skip_special_tokens=True)
+        written = peer.write(other, prompts, ROOM)
+        return model.tokenizer.batch_decode(written, skip_special_tokens=True)
 
     def ours():
         return [text for text, _ in assistant.answer(documents, ROOM)]

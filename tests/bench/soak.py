@@ -12,7 +12,6 @@ much CPU time again, so a run does not do it.
 import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,10 +25,10 @@ import psutil
 import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from demo import ROOT, pages, usable, wait  # noqa: E402
+from demo import ROOT, pages, serve, usable, wait  # noqa: E402
 
 EVERY, PAUSE = 10, 2.0  # seconds between looks, and between questions
-GIVE_BACK = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "67108864"}
+GIVE_BACK = {"MALLOC_TRIM_THRESHOLD_": "67108864"}
 
 
 def look(process: psutil.Process) -> tuple[float, int, int]:
@@ -63,18 +62,9 @@ def train(folder: Path) -> subprocess.Popen:
     ]
     with (folder / "train.log").open("w") as log:
         return subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=folder, env=GIVE_BACK, start_new_session=True
-        )
-
-
-def serve() -> tuple[subprocess.Popen, int]:
-    """The demo, and its port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "demo/app.py"), "--port", str(port)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, env=GIVE_BACK, **quiet), port
+            command, stdout=log, stderr=log, cwd=folder, env={**os.environ, **GIVE_BACK},
+            start_new_session=True,
+        )  # fmt: skip
 
 
 def steps(folder: Path) -> int:
@@ -85,7 +75,7 @@ def steps(folder: Path) -> int:
 
 def soak(folder: Path, minutes: float) -> dict[str, np.ndarray]:
     """What was seen at each look, by side: (seconds, MB, processes, files)."""
-    training, (demo, port) = train(folder), serve()
+    training, (demo, port) = train(folder), serve(**GIVE_BACK)
     seen: dict[str, list] = {"training": [], "demo": []}
     try:
         client = usable(port, demo)
