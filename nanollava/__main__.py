@@ -58,17 +58,16 @@ def score(run: Path, tasks: list[str], limit: int, keys: Recipe | None = None) -
     """Evaluate; the first process prints the table and, after training, what to type next."""
     from dataclasses import replace
 
-    import torch.distributed as dist
-
     from nanollava import evaluate as evaluation
     from nanollava.generate import load
 
+    rank, _ = evaluation.ranks()
     assistant = load(run)
     if keys is not None:  # tasks may have been changed since the run was trained
         recipe = replace(assistant.model.recipe, tasks=keys.tasks, settings=keys.settings)
         assistant.model.recipe = recipe
     rows = evaluation.evaluate(assistant, run, tasks, limit)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if rank == 0:
         tool("scores").show(rows)
         if keys is not None:
             typer.echo(f"\nNext: {tool('sample').save_sample(assistant, run)}")

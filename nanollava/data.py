@@ -26,7 +26,7 @@ from streaming.base.util import merge_index
 from tqdm import tqdm
 
 from nanollava.anyres import open_image
-from nanollava.hub import check_space, room_in
+from nanollava.hub import room_in
 from nanollava.prompts import read_turns
 from nanollava.recipe import ABOUT, Recipe, Stage, used_sources
 from nanollava.sequence import Document, Writer
@@ -155,7 +155,7 @@ def prepare(recipe: Recipe) -> None:
     if not folders:
         print("prepare: no stage of this recipe uses a source")
     if told:
-        room = check_space(recipe.data, write, fetch)
+        room = tool("readers").check_space(recipe.data, write, fetch)
         print(f"prepare: {room}, {fetch / 1e9:.2f} GB to fetch; sizes: {', '.join(told)}")
     for name in folders:
         prepare_source(recipe, name)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from scipy.stats import bootstrap
 from tqdm import tqdm
@@ -109,10 +110,19 @@ def chance(references: Sequence[str], metric: str) -> float:
     return float(np.mean(rounds))
 
 
+def ranks() -> tuple[int, int]:
+    """The number of this process and how many there are; a launcher's processes meet here."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict[str, Any] | None:
     """One task at one setting -> its result row (None on all processes but the first)."""
     recipe: Recipe = assistant.model.recipe
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = ranks()
     items, start, used = questions(task, recipe.seed), time.perf_counter(), time.process_time()
     mine, title = items[rank::world], f"{name}, grid {visual.max_grid}"
     writer = assistant.model.writer(visual)

@@ -1,4 +1,4 @@
-"""Files: what to do where a download fails, whether it fits on the disk, none half written."""
+"""Files: what to do where a download fails or a disk is full, and none half written."""
 
 import errno
 import os
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
@@ -56,16 +55,3 @@ def fetching(what: str, key: str) -> Iterator[None]:
         )
         reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
         raise FileNotFoundError(f"{what} could not be had: {reason}; {door}") from error
-
-
-def check_space(folder: str, write: float, fetch: float) -> str:
-    """The room on the disks, in words; ValueError where so many bytes will not fit there."""
-    places = [Path(place).absolute() for place in (HF_HUB_CACHE, folder)]
-    cache, data = (next(p for p in (place, *place.parents) if p.exists()) for place in places)
-    if data.stat().st_dev == cache.stat().st_dev:
-        write += fetch
-    for place, need in ((cache, fetch), (data, write)):
-        room = f"{(free := shutil.disk_usage(place).free) / 1e9:.2f} GB free in {place}"
-        if need > free:
-            raise ValueError(f"no room for {need / 1e9:.2f} GB: {room}")
-    return room

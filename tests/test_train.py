@@ -82,6 +82,19 @@ def test_two_processes_equal_one(tiny):
     assert scores(run) == scores(run.parent / "two") and len(scores(run)) == 2
 
 
+def test_two_processes_score_what_one_does(tiny):
+    """`composer -n 2 -m nanollava evaluate`: each answers its share, one row for a setting."""
+    _, run = tiny
+    rows = (run / "results.jsonl").read_text()
+    (run / "results.jsonl").unlink()
+    told = finish(start(run, flags=("-n", "2", "-m", "nanollava", "evaluate")))
+    again = map(json.loads, (run / "results.jsonl").read_text().splitlines())
+    assert [{**r, "seconds": 0, "cpu_seconds": 0} for r in again] == [
+        {**json.loads(r), "seconds": 0, "cpu_seconds": 0} for r in rows.splitlines()
+    ]
+    assert told.count("nano-mixed ") == 1, told  # one table
+
+
 def own_temporary_folder(folder, rank: int) -> str:
     """A TMPDIR in which every second name of streaming's shared memory counts as taken.
 

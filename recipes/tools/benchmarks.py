@@ -18,12 +18,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from nanollava.evaluate import add_line, read_lines
+from nanollava.evaluate import add_line, ranks, read_lines
 from nanollava.sources import tool
 
 FOLDER = Path(__file__).parents[1] / "eval"
@@ -252,8 +251,7 @@ def main(run: Path, names: Sequence[str], limit: int = 0, beside: str = "T4:0") 
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
     row_of(beside)  # what is wrong with it is told now
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        torch.distributed.init_process_group()
+    rank, world = ranks()
     manager, rows, reasons = TaskManager("ERROR", include_path=str(FOLDER)), {}, {}
     tasks = chosen(names, manager.all_subtasks)
     model = Nanollava(str(run), answers=str(run))
@@ -263,9 +261,9 @@ def main(run: Path, names: Sequence[str], limit: int = 0, beside: str = "T4:0") 
         try:
             rows[task] = scored(model, task, manager, asked, run / "benchmarks.jsonl")
         except (Exception, SystemExit) as error:  # a task is foreign code; the others go on
-            if os.environ.get("WORLD_SIZE", "1") != "1":
+            if world > 1:
                 raise  # the other processes would wait for this one
             told = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
             reasons[task] = f"{told}{error}".split("\n")[0][:200] or type(error).__name__
-    if os.environ.get("RANK", "0") == "0":
+    if rank == 0:
         show(rows, reasons, beside, limit)

@@ -11,6 +11,7 @@ where records are checked.
 
 import io
 import json
+import shutil
 import tarfile
 import zipfile
 import zlib
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.utils import filter_repo_objects
 
 from nanollava.hub import fetching
@@ -87,6 +89,19 @@ def weigh(where: str) -> tuple[int, int]:
     cached = {name: try_to_load_from_cache(dataset, name, repo_type="dataset") for name in sizes}
     missing = sum(size for name, size in sizes.items() if not isinstance(cached[name], str))
     return sum(sizes.values()), missing
+
+
+def check_space(folder: str, write: float, fetch: float) -> str:
+    """The room on the disks, in words; ValueError where so many bytes will not fit there."""
+    places = [Path(place).absolute() for place in (HF_HUB_CACHE, folder)]
+    cache, data = (next(p for p in (place, *place.parents) if p.exists()) for place in places)
+    if data.stat().st_dev == cache.stat().st_dev:
+        write += fetch
+    for place, need in ((cache, fetch), (data, write)):
+        room = f"{(free := shutil.disk_usage(place).free) / 1e9:.2f} GB free in {place}"
+        if need > free:
+            raise ValueError(f"no room for {need / 1e9:.2f} GB: {room}")
+    return room
 
 
 def record_of(row: dict, folder: Path) -> dict:
