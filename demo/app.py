@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 PIXELS, MEGABYTES, IMAGES, FRAMES = 40_000_000, 20, 8, 4
 LETTERS, QUESTIONS, SECONDS, TOKENS = 500, 20, 60, 128
 ANSWERS = 4  # at once; further ones wait in line
+VISITS, WARM = 256, 8  # that are remembered; of which so many keep keys and values
 VIDEOS = (".mp4", ".mov", ".webm", ".avi", ".mkv", ".gif")
 KINDS = {"document": "doc", "full document": "dense", "chart": "chart", "list": "info",
          "scene": "scene", "second script": "zh"}  # fmt: skip
@@ -45,9 +46,10 @@ EXAMPLES = {"invoice.png": "What is the tax?", "chart.png": "What is the value o
             "table.png": "Read the text.", "scene.png": "What is at the middle right?"}  # fmt: skip
 MODELS: dict[str, Assistant] = {}
 HELD: Counter[str] = Counter()  # visits by uploaded file: equal files share a path
+LATEST: list["Visit"] = []  # those that asked last
 
 
-@dataclass
+@dataclass(eq=False)
 class Visit:
     """One visitor's images and conversation."""
 
@@ -58,7 +60,13 @@ class Visit:
     answering: dict[tuple[str, int], Assistant] = field(default_factory=dict)
 
     def assistant(self, name: str, place: int) -> Assistant:
-        """This visitor's own keys and values, for the first or the second setting of a model."""
+        """This visitor's own keys and values, for the first or the second setting of a model.
+
+        A visitor who comes back after WARM others computes them anew.
+        """
+        LATEST[:] = [*(v for v in LATEST if v is not self), self]
+        while len(LATEST) > WARM:
+            LATEST.pop(0).answering = {}
         if (name, place) not in self.answering:
             self.answering[name, place] = Assistant(MODELS[name].model)
         return self.answering[name, place]
@@ -349,7 +357,20 @@ def build() -> gr.Blocks:
         gr.on([key.change for key in keys], shown, [visit, *keys], seen, **quiet)
         explain.click(why, [visit, model], looked, **limit)
         stop.click(stopped, visit, conversation, cancels=events, queue=False)
+        page.unload(leaving(page))
     return page
+
+
+def leaving(page: gr.Blocks) -> Callable[[gr.Request], None]:
+    """Forget what a visitor who goes had asked for: gradio before 6.26 keeps every request."""
+
+    def left(request: gr.Request) -> None:
+        events, who = page._queue.event_ids_to_events, request.session_hash
+        waiting = page._queue.pending_event_ids_session.get(who, ())
+        for name in [k for k, e in events.items() if e.session_hash == who and k not in waiting]:
+            del events[name]
+
+    return left
 
 
 def sliders(grid: int, tokens: int, whose: str) -> tuple[gr.Slider, gr.Slider]:
@@ -370,6 +391,7 @@ def serve(folders: list[str], **keys) -> gr.Blocks:
     page = build().queue(max_size=64)
     page.launch(
         css_paths=Path(__file__).with_name("style.css"), theme=theme, footer_links=[],
+        state_session_capacity=VISITS,
         max_file_size=f"{MEGABYTES}mb", ssr_mode=False, **keys,
     )  # fmt: skip
     return page

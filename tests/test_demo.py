@@ -23,6 +23,7 @@ from nanollava.sources import import_file
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "recipes/nano/handmade/table.png"
 QUESTION = "What is the gate?"
+KEYS = ("nano", 3, 10, "bilinear", False, 0, 10)
 CHROMIUM = shutil.which("chromium")
 
 PAGES = []  # as served
@@ -266,7 +267,7 @@ def test_screenshots_light_dark_and_phone(tab):
 def test_the_client_gets_the_answer_in_pieces(address):
     client = Client(address, verbose=False)
     message = {"text": QUESTION, "files": [handle_file(str(PAGE))]}
-    job = client.submit(message, "nano", 3, 10, "bilinear", False, 0, 10, api_name="/ask")
+    job = client.submit(message, *KEYS, api_name="/ask")
     final, *_ = job.result()
     assert "gate 36" in final and len(job.outputs()) > 2
 
@@ -357,7 +358,7 @@ def test_a_visit_is_forgotten_an_hour_after_its_end(address, tmp_path):
     file = shutil.copy(PAGE, tmp_path / "mine.png")
     Image.open(file).resize((98, 98)).save(file)
     message = {"text": QUESTION, "files": [handle_file(str(file))]}
-    client.predict(message, "nano", 3, 10, "bilinear", False, 0, 10, api_name="/ask")
+    client.predict(message, *KEYS, api_name="/ask")
     holder = PAGES[0].state_holder
     session = holder.session_data[client.session_hash]
     (visit,) = (v for v in session.state_data.values() if isinstance(v, app.Visit))
@@ -368,6 +369,32 @@ def test_a_visit_is_forgotten_an_hour_after_its_end(address, tmp_path):
     holder.delete_all_expired_state()
     assert not upload.exists() and not visit.images
     assert not [v for v in session.state_data.values() if isinstance(v, app.Visit)]
+
+
+def test_what_a_visitor_asked_is_forgotten_when_they_go(address, monkeypatch):
+    monkeypatch.setenv("GRADIO_HEARTBEAT_INTERVAL", "0.5")
+    client, stays = (Client(address, verbose=False) for _ in range(2))
+    for one in (client, stays):
+        one.predict({"text": QUESTION, "files": []}, *KEYS, api_name="/ask")
+
+    def kept(one):
+        events = PAGES[0]._queue.event_ids_to_events.values()
+        return [e for e in events if e.session_hash == one.session_hash]
+
+    assert kept(client)
+    client.close()
+    until = time.monotonic() + 20
+    while kept(client) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not kept(client) and kept(stays)
+
+
+def test_only_the_latest_visits_keep_keys_and_values(address):
+    visits = [app.Visit() for _ in range(app.WARM + 1)]
+    for visit in (*visits[:2], visits[0], *visits[2:]):
+        said(visit, QUESTION)
+    assert [bool(visit.answering) for visit in visits] == [True, False] + [True] * (app.WARM - 1)
+    assert said(visits[1], QUESTION)[-1][0].count(QUESTION) == 2, "the conversation is still there"
 
 
 def test_equal_files_are_kept_as_long_as_one_visit_holds_them(tmp_path):
