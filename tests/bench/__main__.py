@@ -9,11 +9,15 @@ Only the processes load torch: one that is forked after it may wait for ever.
 import platform
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import date
 from importlib import import_module
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 NAMES = ("preprocess", "step", "generate", "trainer", "planned", "heads", "recaption")
@@ -27,6 +31,16 @@ with the same weights.
 | what | found | target | met | |
 |---|---|---|---|---|
 """
+
+
+def apart(function: Callable, *arguments: str) -> Any:
+    """A function's result in a process of its own, forked while nothing is loaded here."""
+    with ProcessPoolExecutor(1, get_context("fork")) as one:
+        try:
+            return one.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            told = f"{' '.join(arguments)}: the process was killed; the peer's batches need 20 GB"
+            raise SystemExit(told) from error
 
 
 def run(name: str) -> list[tuple[str, list[str]]]:
@@ -44,16 +58,14 @@ def commit() -> str:
 def main() -> None:
     """Run them, print each row as it comes, write the table."""
     begin, rows, chosen = time.perf_counter(), [], sys.argv[1:] or NAMES
-    with get_context("fork").Pool(1, maxtasksperchild=1) as one:  # nothing is loaded here yet
-        for name in chosen:
-            for told, cells in one.apply(run, (name,)):
-                print(told, flush=True)
-                rows.append(cells)
-        at = one.apply(commit)
+    for name in chosen:
+        for told, cells in apart(run, name):
+            print(told, flush=True)
+            rows.append(cells)
     if sys.argv[1:]:
         return
     head = HEAD.format(
-        date=date.today(), commit=at, machine=platform.machine(),
+        date=date.today(), commit=apart(commit), machine=platform.machine(),
         minutes=(time.perf_counter() - begin) / 60,
         **{name: version(name) for name in ("torch", "transformers", "mosaicml")},
     )  # fmt: skip
