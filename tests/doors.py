@@ -188,7 +188,7 @@ def through(name: str, data: bytes) -> None:
     assert took < SECONDS, f"{name}: {took:.1f} s"
 
 
-def fuzz(name: str, seconds: float) -> None:
+def fuzz(name: str, seconds: float = 600) -> None:
     """Atheris on one door, from its seeds on; it ends at the first finding."""
     import atheris
 
