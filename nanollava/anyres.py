@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 MAX_PIXELS = 150_000_000
 # Pixels only: Pillow hands EPS to another program, and some video containers name other files.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+RUN_LENGTHS = (1, 2)  # of BMP, which Pillow decodes in Python, byte by byte
 UNREADABLE = (OSError, SyntaxError, ValueError, ArithmeticError, struct.error, MemoryError,
               Image.DecompressionBombError)  # fmt: skip
 GRIDS = {
@@ -194,6 +195,8 @@ def open_image(data: bytes | str | Path | Image.Image, limit: int = MAX_PIXELS) 
         image = data if isinstance(data, Image.Image) else Image.open(data, formats=FORMATS)
         if image.width * image.height > limit:
             raise ValueError(f"{image.width}x{image.height} pixels, limit {limit:,}")
+        if image.format == "BMP" and image.info["compression"] in RUN_LENGTHS:
+            raise ValueError("a BMP in run lengths is slow to read; save it as PNG")
         image.load()
         return upright_rgb(image)
     except UnidentifiedImageError as error:

@@ -152,7 +152,7 @@ DOORS: dict[str, tuple[Callable[[bytes, Path], None], Callable[[], list[bytes]]]
     "image": (lambda data, folder: open_image(data), lambda: [
         picture("PNG"), picture("JPEG"), picture("GIF", "P"), picture("WEBP"), picture("TIFF"),
         picture("BMP"), picture("PNG", "P"), picture("TIFF", "CMYK"), picture("PPM"),
-        picture("ICO"), picture("PNG", "I;16"), picture("JPEG", "CMYK"),
+        picture("PNG", "I;16"), picture("JPEG", "CMYK"),
         picture("TIFF", compression="tiff_lzw")]),
     "video": (lambda data, folder: open_video(data, 4), lambda: [
         film(6), film(4, kind="avi"), film(4, kind="matroska")]),

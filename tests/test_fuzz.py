@@ -6,6 +6,7 @@
 import io
 import json
 import resource
+import struct
 import zipfile
 
 import pytest
@@ -56,6 +57,18 @@ def test_mutated_files(name):
 @pytest.mark.parametrize("name", DOORS)
 def test_many_mutated_files(name):
     check(name, FEW * 5 if name in SLOW else FEW * 20)
+
+
+def test_what_atheris_found():
+    """A number for a list; a BMP of 1 KB that says it holds 100 million pixels in run lengths."""
+    through("json", b"1")
+    Image.new("P", (9, 9)).save(file := io.BytesIO(), "BMP")
+    bomb = bytearray(file.getvalue())
+    bomb[18:26] = struct.pack("<ii", 2**22, 24)  # width and height
+    bomb[30:34] = struct.pack("<I", 1)
+    with pytest.raises(ValueError, match="BMP in run lengths"):
+        open_image(bytes(bomb))
+    through("image", bytes(bomb))
 
 
 def grown(run) -> int:

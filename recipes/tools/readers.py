@@ -163,7 +163,7 @@ def from_json(kind: str, files: list[Path]) -> Iterator[dict]:
     for file in (file for file in files if file.suffix == ".json"):
         with reading(file):
             rows = json.loads(file.read_bytes())
-            if not all(isinstance(row, dict) for row in rows):
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise ValueError("expected a list of LLaVA records")
         for record in (record_of(row, Path() if boxes else file.parent) for row in rows):
             if not boxes or not record["image"]:

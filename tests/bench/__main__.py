@@ -1,6 +1,6 @@
 """All benches, each in a process of its own -> one table, in RESULTS.md beside this file.
 
-    python tests/bench                  # 24 minutes on one idle core, 21 GB for the largest of the peer
+    python tests/bench                  # 24 minutes on one idle core; the peer takes up to 21 GB
     python tests/bench step generate    # some of them; the table is printed alone
 
 Only the processes load torch: one that is forked after it may wait for ever.
