@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 PIXELS, MEGABYTES, IMAGES, FRAMES = 40_000_000, 20, 8, 4
 LETTERS, QUESTIONS, SECONDS, TOKENS = 500, 20, 60, 128
 ANSWERS = 4  # at once; further ones wait in line
-VISITS, WARM = 256, 8  # that are remembered; of which so many keep keys and values
+WARM = 8  # conversations that keep their keys and values
 VIDEOS = (".mp4", ".mov", ".webm", ".avi", ".mkv", ".gif")
 KINDS = {"document": "doc", "full document": "dense", "chart": "chart", "list": "info",
          "scene": "scene", "second script": "zh"}  # fmt: skip
@@ -380,8 +380,8 @@ def sliders(grid: int, tokens: int, whose: str) -> tuple[gr.Slider, gr.Slider]:
             gr.Slider(1, 37, tokens, step=1, label=f"Most visual tokens{whose}, in T"))  # fmt: skip
 
 
-def serve(folders: list[str], **keys) -> gr.Blocks:
-    """Load models and open the page."""
+def serve(folders: list[str], visits: int = 256, **keys) -> gr.Blocks:
+    """Load models and open the page, which remembers the latest visits."""
     os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp()  # of this process alone: gone when it ends
     atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
     for folder in folders:
@@ -391,7 +391,7 @@ def serve(folders: list[str], **keys) -> gr.Blocks:
     page = build().queue(max_size=64)
     page.launch(
         css_paths=Path(__file__).with_name("style.css"), theme=theme, footer_links=[],
-        state_session_capacity=VISITS,
+        state_session_capacity=visits,
         max_file_size=f"{MEGABYTES}mb", ssr_mode=False, **keys,
     )  # fmt: skip
     return page
@@ -402,11 +402,12 @@ def main(
     host: Annotated[str, typer.Option(help="0.0.0.0 lets others in")] = "127.0.0.1",
     port: int = 7860,
     share: Annotated[bool, typer.Option(help="a public link through gradio.live")] = False,
+    visits: Annotated[int, typer.Option(help="how many conversations are remembered")] = 256,
 ) -> None:
     """Serve the demo until it is interrupted."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the uploads go, too
     folders = model or [str(Path(__file__).with_name("nano"))]
-    serve(folders, server_name=host, server_port=port, share=share)
+    serve(folders, visits, server_name=host, server_port=port, share=share)
 
 
 if __name__ == "__main__":

@@ -56,12 +56,12 @@ def usable(port: int, server: subprocess.Popen) -> Client:
     raise RuntimeError(f"the demo ended with exit code {server.returncode}")
 
 
-def serve(**environment: str) -> tuple[subprocess.Popen, int]:
+def serve(*words: str, **environment: str) -> tuple[subprocess.Popen, int]:
     """The demo, and its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "demo/app.py"), "--port", str(port)]
+    command = [sys.executable, str(ROOT / "demo/app.py"), "--port", str(port), *words]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(command, env={**os.environ, **environment}, **quiet), port
 
