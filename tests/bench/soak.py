@@ -3,12 +3,12 @@
     python tests/bench/soak.py                 # --minutes 3 for a look; writes soak.png with --out
 
 A visitor asks twenty questions about as many pages and goes; the next one comes, and the demo
-remembers four (of its 256, each a third of a MB, which half an hour does not fill). Every ten
-seconds: memory that is each side's own (USS, all of its processes), processes, open files. At the
-end they must lie within 2% of the time after the warm-up, or one process or file, and nothing may
-be left when both have stopped. Freed memory goes back to the system at once here (GIVE_BACK): glibc
-would keep most of it, since packs have ever new sizes, 2 GB instead of 0.5 in nano's stage 2; that
-costs half as much CPU time again, so a run does not do it.
+remembers four (half an hour would not fill its usual 256). Every ten seconds: memory that is each
+side's own (USS, all of its processes), processes, open files. At the end they must lie within 2% of
+the time after the warm-up, or one process or file, and nothing may be left when both have stopped.
+Freed memory goes back to the system at once here (GIVE_BACK): glibc would keep most of it, since
+packs have ever new sizes, 2 GB instead of 0.5 in nano's stage 2; that costs half as much CPU time
+again, so a run does not do it.
 """
 
 import itertools
