@@ -106,7 +106,8 @@ def release(files: Collection[str]) -> None:
     """Delete uploads that no visit holds any more; the page's own examples stay."""
     examples = [(MADE_BY_HAND / name).read_bytes() for name in EXAMPLES]
     HELD.subtract(files)
-    for path in (Path(file) for file in files if HELD[file] <= 0):
+    for path in [Path(file) for file in files if HELD[file] <= 0]:
+        del HELD[str(path)]
         if path.is_file() and path.read_bytes() not in examples:
             path.unlink()
 
@@ -206,10 +207,16 @@ def ask(visit: Visit, message: dict, name: str, grid: int, tokens: int, pooling:
     yield talk(talked), gr.skip() if again else None, gr.skip(), ""
     for place, pair in enumerate(pairs):
         assistant = visit.assistant(name, place)
-        for _ in written(visit, exchange, before, assistant, settings(*pair, pooling)):
-            if visit.exchanges is not talked:  # another image came, or Clear
-                return
-            yield talk(talked), gr.skip(), gr.skip(), gr.skip()
+        try:
+            for _ in written(visit, exchange, before, assistant, settings(*pair, pooling)):
+                if visit.exchanges is not talked:  # another image came, or Clear
+                    return
+                yield talk(talked), gr.skip(), gr.skip(), gr.skip()
+        except ValueError as error:  # of a conversation that has grown too long
+            visit.exchanges, told = before, f"{error}. Press Clear to begin anew."
+            box = gr.skip() if again else visit.readable(message)
+            yield talk(before, len(visit.images), told), box, gr.skip(), gr.skip()
+            return
     exchange.running = False
     yield talk(talked), gr.skip(), measured(assistant), gr.skip()
 
@@ -271,6 +278,8 @@ def stopped(visit: Visit) -> str:
 
 def why(visit: Visit, name: str) -> str:
     """Where the last answer looked."""
+    if visit.exchanges and (name, 0) not in visit.answering:
+        return talk([], error="Press Retry first: what this answer was made from is not kept.")
     try:
         image = visit.assistant(name, 0).why()
     except ValueError as error:
@@ -364,11 +373,16 @@ def build() -> gr.Blocks:
 def leaving(page: gr.Blocks) -> Callable[[gr.Request], None]:
     """Forget what a visitor who goes had asked for: gradio before 6.26 keeps every request."""
 
+    gone: set[str] = set()
+
     def left(request: gr.Request) -> None:
-        events, who = page._queue.event_ids_to_events, request.session_hash
-        waiting = page._queue.pending_event_ids_session.get(who, ())
-        for name in [k for k, e in events.items() if e.session_hash == who and k not in waiting]:
-            del events[name]
+        gone.add(request.session_hash)
+        events, waiting = page._queue.event_ids_to_events, page._queue.pending_event_ids_session
+        for name, event in [*events.items()]:
+            who = event.session_hash
+            if who in gone and name not in waiting.get(who, ()):  # else with the next who leaves
+                events.pop(name, None)
+        gone.intersection_update(event.session_hash for event in [*events.values()])
 
     return left
 
@@ -382,7 +396,9 @@ def sliders(grid: int, tokens: int, whose: str) -> tuple[gr.Slider, gr.Slider]:
 
 def serve(folders: list[str], visits: int = 256, **keys) -> gr.Blocks:
     """Load models and open the page, which remembers the latest visits."""
-    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp()  # of this process alone: gone when it ends
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(
+        prefix="nanollava"
+    )  # of this process alone: gone when it ends
     atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
     for folder in folders:
         name = Path(folder).name

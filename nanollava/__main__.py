@@ -42,7 +42,9 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def evaluate(run: Run, tasks: str = "", limit: int = 0, beside: str = "T4:0") -> None:
+def evaluate(
+    run: Run, tasks: str = "", limit: Annotated[int, typer.Option(min=0)] = 0, beside: str = "T4:0"
+) -> None:
     """Score a run on its recipe's tasks, at each of its settings; on some of them (--tasks a,b), or
     on lmms-eval's benchmarks, `blog` for all of the blog's, beside a row of its tables.
     """

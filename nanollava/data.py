@@ -33,6 +33,8 @@ from nanollava.sequence import Document, Writer
 from nanollava.sources import KINDS, files_here, images_of, records, tool
 
 COLUMNS = {"id": "str", "image": "bytes", "sizes": "json", "conversations": "json", "source": "str"}
+# Of any number of processes, the same samples in each step.
+ORDER: dict = {"shuffle": True, "num_canonical_nodes": 1}
 CHUNK = 16_384  # records of a source that are written at once: the most that a stop can cost
 
 
@@ -219,8 +221,7 @@ def make_loader(recipe: Recipe, stage: Stage, writer: Writer, processes: int) ->
                for name, times in stage.mix.items()]  # fmt: skip
     with alone_on_this_machine():
         dataset = Documents(
-            writer, streams=streams, shuffle=True, shuffle_seed=recipe.seed, batch_size=batch,
-            num_canonical_nodes=1,
+            writer, streams=streams, **ORDER, shuffle_seed=recipe.seed, batch_size=batch,
         )  # fmt: skip
     return Loader(
         dataset, batch_size=batch, num_workers=recipe.workers, collate_fn=list, drop_last=True,

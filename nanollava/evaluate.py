@@ -11,6 +11,7 @@ import os
 import string
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ def questions(task: Task, seed: int) -> list[tuple[list[Turn], list[bytes], str]
         images = images_of(record)
         *turns, last = read_turns(record["conversations"], len(images))
         out.append((turns, images, str(record.get("answer", last.text))))
+    if not out:
+        raise ValueError(f"{task.path} has no questions in its split {task.split}")
     return out
 
 
@@ -184,9 +187,12 @@ def weights_digest(folder: Path) -> str:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The rows of a .jsonl file; the half line of a process that was killed is left out."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    """The rows of a .jsonl file; what is no whole line, after a kill, is left out."""
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def add_line(file: Path, row: dict) -> None:

@@ -66,9 +66,10 @@ def open_run(recipe: Recipe, processes: int) -> None:
 
 
 def read_losses(run: str | Path) -> list[dict[str, str]]:
-    """The rows of losses.csv: one per step and source, and one per step for "all"."""
+    """The whole rows of losses.csv: one per step and source, and one per step for "all"."""
     file = Path(run) / "losses.csv"
-    return list(csv.DictReader(file.open())) if file.exists() else []
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 
 def keep_losses(run: str | Path, stage: str, step: int) -> None:
@@ -102,18 +103,6 @@ def steps_of(stage: Stage, batches: int) -> int:
         raise ValueError(f"the sources hold fewer samples than batch_size {stage.batch_size}")
     times, unit = int(stage.duration[:-2]), stage.duration[-2:]
     return times * batches if unit == "ep" else times
-
-
-def announce(name: str, stage: Stage, counts: dict[str, int], steps: int) -> None:
-    """Print what a stage trains and what it freezes."""
-    train = ", ".join(f"{part} {n:,}" for part, n in counts.items() if n)
-    vision = f", vision {stage.vision_lr:g}" if counts["encoder"] else ""
-    frozen = ", ".join(part for part, n in counts.items() if not n) or "nothing"
-    mix = ", ".join(f"{source} x {times:g}" for source, times in stage.mix.items())
-    print(
-        f"\n{name}: trains {train} parameters (lr {stage.lr:g}{vision}); "
-        f"frozen: {frozen}\n  {steps:,} steps of {stage.batch_size} samples: {mix}"
-    )
 
 
 def checkpointing(name: str, run: Path, due: Callable) -> dict:

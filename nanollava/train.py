@@ -173,7 +173,7 @@ def run_stage(recipe: Recipe, name: str, model: VLM) -> bool:
     trainer = make_trainer(recipe, name, model, loader)  # counts FLOPs, without recomputation
     model.checkpoint_activations(stage.checkpoint_activations)
     if dist.get_global_rank() == 0:
-        runs.announce(name, stage, counts, int(trainer.state.max_duration.value))
+        tool("course").announce(name, stage, counts, int(trainer.state.max_duration.value))
     trainer.fit()
     trainer.close()
     # Both would hold this stage's model and Adam's moments until the process ends.

@@ -19,6 +19,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from PIL import Image
 
+ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 300_000  # bytes of a committed notebook
 QUICK = "NANOLLAVA_QUICK" in os.environ
 
@@ -47,7 +48,7 @@ def clean(notebook: NotebookNode) -> None:
             if output.output_type == "stream":
                 lines = output.text.replace("\r\n", "\n").split("\n")
                 text = "\n".join(line.rstrip("\r").split("\r")[-1] for line in lines)
-                output.text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+                output.text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace(f"{ROOT}/", "")
             elif "image/png" in output.get("data", {}):
                 output.data["image/png"] = small(output.data["image/png"])
         if cell.cell_type == "code":

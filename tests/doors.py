@@ -22,6 +22,7 @@ from types import FunctionType
 
 import numpy as np
 from PIL import Image
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 FOLLOWED = ("nanollava", "omegaconf", "yaml", "PIL", "tarfile", "zipfile", "json")  # by atheris
@@ -32,7 +33,6 @@ from nanollava import generate  # noqa: E402
 from nanollava.anyres import open_image  # noqa: E402
 from nanollava.data import usable  # noqa: E402
 from nanollava.evaluate import read_lines  # noqa: E402
-from nanollava.llm import load_tokenizer  # noqa: E402
 from nanollava.prompts import encode, read_turns  # noqa: E402
 from nanollava.recipe import Source, read_recipe  # noqa: E402
 from nanollava.sources import records, tool  # noqa: E402
@@ -123,6 +123,13 @@ def run_file(name: str) -> Callable[[bytes, Path], None]:
     return door
 
 
+def at_home(name: str, before: str) -> bytes:
+    """One of our recipes, whose base is found from anywhere: it follows `before`."""
+    folder = f"{ROOT}/recipes/"
+    text = (ROOT / "recipes" / name).read_text()
+    return text.replace(before, before.removesuffix("../") + folder).encode()
+
+
 def text_file(reader: Callable[[Path], object], name: str) -> Callable[[bytes, Path], None]:
     """A door that reads one file."""
 
@@ -136,7 +143,7 @@ def text_file(reader: Callable[[Path], object], name: str) -> Callable[[bytes, P
 @cache
 def tokenizer():
     """Nano's."""
-    return load_tokenizer(str(ROOT / "recipes/nano/tokenizer"))
+    return AutoTokenizer.from_pretrained(ROOT / "recipes/nano/tokenizer")
 
 
 def talk(data: bytes, folder: Path) -> None:
@@ -145,7 +152,7 @@ def talk(data: bytes, folder: Path) -> None:
     encode(tokenizer(), turns, "qwen_1_5")
 
 
-IMAGES = {"1.jpg": picture("JPEG"), "1.txt": b"a dot", "2.png": picture("PNG"), "2.txt": b"two"}
+IMAGES = {"1.jpg": picture("JPEG"), "1.txt": b"a dot", "2.jpg": picture("JPEG"), "2.txt": b"two"}
 NAMED = {"images/a.png": picture("PNG"), "images/b.png": picture("PNG")}
 LINES = b'{"task": "a", "score": 0.5}\n{"task": "b", "sc'
 DOORS: dict[str, tuple[Callable[[bytes, Path], None], Callable[[], list[bytes]]]] = {
@@ -157,10 +164,10 @@ DOORS: dict[str, tuple[Callable[[bytes, Path], None], Callable[[], list[bytes]]]
     "video": (lambda data, folder: open_video(data, 4), lambda: [
         film(6), film(4, kind="avi"), film(4, kind="matroska")]),
     "recipe": (text_file(read_recipe, "own.yaml"), lambda: [
-        (ROOT / "recipes" / name).read_bytes() for name in ("qwen05b.yaml", "nano.yaml")]),
+        at_home("qwen05b.yaml", "base: "), at_home("nano.yaml", "base: ")]),
     "ablation": (text_file(lambda file: (rows.read_rows(file), verdicts.read_claims(file)),
                            "own.yaml"), lambda: [
-        (ROOT / "recipes/ablations/lifting.yaml").read_bytes().replace(b"../", b"./none/")]),
+        at_home("ablations/lifting.yaml", "../")]),
     "json": (file_of("json:own.json"), lambda: [json.dumps(RECORDS).encode()]),
     "zip": (boxed("own.zip"), lambda: [archive(NAMED)]),
     "tar": (boxed("own.tar"), lambda: [tar(NAMED)]),
@@ -170,7 +177,7 @@ DOORS: dict[str, tuple[Callable[[bytes, Path], None], Callable[[], list[bytes]]]
     "talk": (talk, lambda: [json.dumps(RECORDS[0]["conversations"]).encode()]),
     "results": (text_file(read_lines, "own.jsonl"), lambda: [LINES]),
     "weights": (run_file("model.safetensors"), lambda: [
-        (ROOT / "demo/nano/model.safetensors").read_bytes()[:4096]]),
+        (ROOT / "demo/nano/model.safetensors").read_bytes()]),
     "run's recipe": (run_file("recipe.yaml"), lambda: [
         (ROOT / "demo/nano/recipe.yaml").read_bytes()]),
     "run's config": (run_file("config.json"), lambda: [
@@ -193,6 +200,8 @@ def through(name: str, data: bytes) -> None:
 
 def fuzz(name: str, seconds: float = 600) -> None:
     """Atheris on one door, from its seeds on; it ends at the first finding."""
+    if name not in DOORS:
+        raise SystemExit(f"no such door: {name}; there are {', '.join(DOORS)}")
     import atheris
 
     with tempfile.TemporaryDirectory() as corpus:

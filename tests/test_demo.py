@@ -394,7 +394,26 @@ def test_only_the_latest_visits_keep_keys_and_values(address):
     for visit in (*visits[:2], visits[0], *visits[2:]):
         said(visit, QUESTION)
     assert [bool(visit.answering) for visit in visits] == [True, False] + [True] * (app.WARM - 1)
+    assert "Press Retry first" in app.why(visits[1], "nano")
     assert said(visits[1], QUESTION)[-1][0].count(QUESTION) == 2, "the conversation is still there"
+
+
+def test_a_conversation_that_grows_too_long_loses_nothing(address):
+    visit, question = app.Visit(images=[Image.open(PAGE)]), "what is it? " * 40
+    while "max_length" not in (last := said(visit, question)[-1])[0]:
+        assert len(visit.exchanges) < app.QUESTIONS and not visit.exchanges[-1].running
+    assert (
+        "Press Clear" in last[0] and last[1]["text"] == question and visit.exchanges[-1].answers[0]
+    )
+
+
+def test_counts_of_files_end_with_the_files(tmp_path):
+    file = str(shutil.copy(PAGE, tmp_path / "counted.png"))
+    visit = app.Visit()
+    visit.take([file])
+    assert app.HELD[file] == 1
+    visit.begin([])
+    assert file not in app.HELD
 
 
 def test_equal_files_are_kept_as_long_as_one_visit_holds_them(tmp_path):

@@ -23,7 +23,18 @@ from nanollava.train import Student, train
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def one_thread():
+    """As in the processes that `start` starts: sums of other threads have other last digits."""
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, one_thread):
     """(recipe file, run folder) of a run that nothing happened to."""
     recipe = write_recipe(tmp_path_factory.mktemp("faults"))
     train(read_recipe(recipe, [f"run={recipe.parent}/whole"]))
@@ -117,6 +128,16 @@ def test_shards_that_rot_name_the_sample(whole, tmp_path):
         train(read_recipe(tmp_path / "own.yaml", [f"run={tmp_path}/other"]))
 
 
+@pytest.mark.parametrize("torn", ["stage2", "stage2,", "stage2,1"])
+def test_half_a_line_of_losses(whole, tmp_path, torn):
+    """As a full disk leaves it."""
+    run = tmp_path / "run"
+    stop_at(start(whole[0], f"run={run}"), run, ("stage2", 8), signal.SIGTERM)
+    with (run / "losses.csv").open("a") as file:
+        file.write(torn)
+    again(whole, run)
+
+
 def test_a_clock_that_jumps(whole, tmp_path, monkeypatch):
     real, draw = time.time, random.Random(0)
     monkeypatch.setattr(time, "time", lambda: real() + draw.choice((-86400, 0, 86400)))
@@ -135,7 +156,7 @@ def test_a_worker_that_is_killed(whole, tmp_path):
                 killed = True
         time.sleep(0.02)
     told = finish(process, code=1)
-    assert killed and "DataLoader worker" in told
+    assert killed and "DataLoader worker" in told, told[-3000:]
     again(whole, run)
 
 

@@ -12,7 +12,7 @@ from streaming import MDSWriter, Stream
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 
-from nanollava.data import Documents
+from nanollava.data import ORDER, Documents
 from nanollava.recipe import read_recipe
 from nanollava.sequence import Writer, split
 from nanollava.sources import tool
@@ -31,8 +31,7 @@ def samples(request, tmp_path_factory):
         for i in range(request.param):
             writer.write({"id": i})
     dataset = Documents(
-        None, streams=[Stream(local=str(folder))], shuffle=True, shuffle_seed=0, batch_size=1,
-        num_canonical_nodes=1,
+        None, streams=[Stream(local=str(folder))], **ORDER, shuffle_seed=0, batch_size=1,
     )  # fmt: skip
     return dataset, lengths(request.param)
 

@@ -1,4 +1,4 @@
-"""The course of a loss: beside the band of reference runs, and where it jumps.
+"""What a stage trains, the course of its loss beside reference runs, and where that jumps.
 
     python recipes/tools/course.py recipes/nano/losses.csv runs/nano_0 runs/nano_1 runs/nano_2
 
@@ -14,10 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from nanollava.hub import whole
+from nanollava.recipe import Stage
 from nanollava.runs import read_losses
 
 BEFORE = 20  # steps that a jump is seen against
-JUMP = (4, 1.2)  # deviations above their mean, and times it; 4 alone: in none of 14,000 nano steps
+# A jump is both: so many deviations above their mean, and so many times it.
+DEVIATIONS, TIMES = 4, 1.2
 
 
 class Course:
@@ -51,9 +54,21 @@ class Course:
         if len(before) < BEFORE:
             return ""
         mean, apart = before.mean(), before.std()
-        if loss < mean + JUMP[0] * apart or loss < JUMP[1] * mean:
+        if loss < mean + DEVIATIONS * apart or loss < TIMES * mean:
             return ""
         return f"the loss jumps to {loss:.3g} from {mean:.3g} +- {apart:.2g} ({each})"
+
+
+def announce(name: str, stage: Stage, counts: dict[str, int], steps: int) -> None:
+    """Print what a stage trains and what it freezes."""
+    train = ", ".join(f"{part} {n:,}" for part, n in counts.items() if n)
+    vision = f", vision {stage.vision_lr:g}" if counts["encoder"] else ""
+    frozen = ", ".join(part for part, n in counts.items() if not n) or "nothing"
+    mix = ", ".join(f"{source} x {times:g}" for source, times in stage.mix.items())
+    print(
+        f"\n{name}: trains {train} parameters (lr {stage.lr:g}{vision}); "
+        f"frozen: {frozen}\n  {steps:,} steps of {stage.batch_size} samples: {mix}"
+    )
 
 
 def write_reference(runs: Iterable[str | Path], out: str | Path) -> None:
@@ -61,11 +76,13 @@ def write_reference(runs: Iterable[str | Path], out: str | Path) -> None:
     told: dict[tuple[str, int], list[float]] = {}
     for run in runs:
         last: dict[str, deque] = {}
-        for row in (row for row in read_losses(run) if row["source"] == "all"):
+        if not (rows := [row for row in read_losses(run) if row["source"] == "all"]):
+            raise ValueError(f"{run} has no losses: train it first")
+        for row in rows:
             window = last.setdefault(row["stage"], deque(maxlen=10))
             window.append(float(row["loss"]))
             told.setdefault((row["stage"], int(row["step"])), []).append(sum(window) / len(window))
-    with Path(out).open("w", newline="") as file:
+    with whole(Path(out)) as half, half.open("w", newline="") as file:
         csv.writer(file).writerows([("stage", "step", "low", "high"), *(
             (*place, f"{min(means) * 0.95:.2f}", f"{max(means) * 1.05:.2f}")
             for place, means in told.items()

@@ -25,7 +25,8 @@ HEAD = """# Benches
 
 `python tests/bench`: {date}, commit {commit}, one thread on {machine};
 torch {torch}, transformers {transformers}, mosaicml {mosaicml}; {minutes:.0f} minutes. CPU time,
-contenders in turns, medians; equal results come first. The peer is transformers' LlavaOnevision
+contenders in turns, medians of five rounds, or of one to three of those that take a minute and
+more; equal results come first. The peer is transformers' LlavaOnevision
 with the same weights.
 
 | what | found | target | met | |
@@ -39,7 +40,7 @@ def apart(function: Callable, *arguments: str) -> Any:
         try:
             return one.submit(function, *arguments).result()
         except BrokenProcessPool as error:
-            told = f"{' '.join(arguments)}: the process was killed; the peer's batches need 20 GB"
+            told = f"{' '.join(arguments)}: the process was killed; the peer takes up to 21 GB"
             raise SystemExit(told) from error
 
 
@@ -58,6 +59,8 @@ def commit() -> str:
 def main() -> None:
     """Run them, print each row as it comes, write the table."""
     begin, rows, chosen = time.perf_counter(), [], sys.argv[1:] or NAMES
+    if unknown := {*chosen} - {*NAMES}:
+        raise SystemExit(f"no such bench: {sorted(unknown)}; there are {', '.join(NAMES)}")
     for name in chosen:
         for told, cells in apart(run, name):
             print(told, flush=True)
