@@ -106,8 +106,9 @@ def release(files: Collection[str]) -> None:
     """Delete uploads that no visit holds any more; the page's own examples stay."""
     examples = [(MADE_BY_HAND / name).read_bytes() for name in EXAMPLES]
     HELD.subtract(files)
-    for path in [Path(file) for file in files if HELD[file] <= 0]:
-        del HELD[str(path)]
+    for file in [file for file in files if HELD[file] <= 0]:
+        del HELD[file]
+        path = Path(file)
         if path.is_file() and path.read_bytes() not in examples:
             path.unlink()
 
@@ -372,7 +373,6 @@ def build() -> gr.Blocks:
 
 def leaving(page: gr.Blocks) -> Callable[[gr.Request], None]:
     """Forget what a visitor who goes had asked for: gradio before 6.26 keeps every request."""
-
     gone: set[str] = set()
 
     def left(request: gr.Request) -> None:
@@ -396,10 +396,9 @@ def sliders(grid: int, tokens: int, whose: str) -> tuple[gr.Slider, gr.Slider]:
 
 def serve(folders: list[str], visits: int = 256, **keys) -> gr.Blocks:
     """Load models and open the page, which remembers the latest visits."""
-    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(
-        prefix="nanollava"
-    )  # of this process alone: gone when it ends
-    atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
+    uploads = tempfile.mkdtemp(prefix="nanollava")  # of this process alone: gone when it ends
+    os.environ["GRADIO_TEMP_DIR"] = uploads
+    atexit.register(shutil.rmtree, uploads, ignore_errors=True)
     for folder in folders:
         name = Path(folder).name
         MODELS[folder if name in MODELS else name] = load(folder)
@@ -407,8 +406,7 @@ def serve(folders: list[str], visits: int = 256, **keys) -> gr.Blocks:
     page = build().queue(max_size=64)
     page.launch(
         css_paths=Path(__file__).with_name("style.css"), theme=theme, footer_links=[],
-        state_session_capacity=visits,
-        max_file_size=f"{MEGABYTES}mb", ssr_mode=False, **keys,
+        state_session_capacity=visits, max_file_size=f"{MEGABYTES}mb", ssr_mode=False, **keys,
     )  # fmt: skip
     return page
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from scipy.stats import bootstrap
 from tqdm import tqdm
@@ -116,8 +115,6 @@ def chance(references: Sequence[str], metric: str) -> float:
 def ranks() -> tuple[int, int]:
     """The number of this process and how many there are; a launcher's processes meet here."""
     if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 

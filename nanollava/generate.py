@@ -9,6 +9,7 @@ A second question on the same images reuses the keys and values that the first o
 questions of a batch on the same images read them once.
 """
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -216,6 +217,11 @@ class Assistant:
 
 
 def load(run: str | Path, device: str = "") -> Assistant:
-    """A run folder, one of its stages or a LlavaOnevision folder, ready to chat."""
+    """A run folder, one of its stages or a LlavaOnevision folder, ready to chat.
+
+    Each of a launcher's processes takes the GPU of its number.
+    """
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Assistant(load_model(run, device))

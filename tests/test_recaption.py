@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from launching import ROOT, command
 
 import nanollava
@@ -164,3 +165,13 @@ def test_the_nano_worlds_images_are_described_anew():
         (asked, told), before = record["conversations"], known[record["id"]]
         assert record["image"] == before["image"] and asked["value"] == f"<image>\n{made.PROMPT}"
         assert len(told["value"].split()) > len(before["conversations"][1]["value"].split())
+
+
+def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    nanollava.load(ROOT / "demo/nano", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    nanollava.load(ROOT / "demo/nano", "cpu")
+    assert taken == [3], "and without a launcher the one that was chosen"

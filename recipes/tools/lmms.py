@@ -13,13 +13,11 @@ before is not asked again.
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 
@@ -52,8 +50,6 @@ class Nanollava(lmms):
         max_batch_size: int | None = None, answers: str = "", **visual: Any,
     ):  # fmt: skip
         super().__init__()
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         self.kept, self.wrong = Path(answers) if answers else None, []
         self.weights = weights_digest(Path(pretrained)) if answers else ""
         self.assistant, self.frames, self.batch_size = load(pretrained, device), max_frames, 1

@@ -19,7 +19,6 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from nanollava.evaluate import Answer, answer_all, weights_digest
@@ -153,10 +152,7 @@ def main(
     """Describe a source's images with a model; goes on where it was stopped."""
     from nanollava.generate import load
 
-    rank, world, local = (int(os.environ.get(key, n)) for key, n in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local)
+    rank, world = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     found, files = find_source(source, samples), []
     todo = chunks(found, seed)
     if not (first := next(todo, None)):  # before anything is begun

@@ -26,8 +26,7 @@ HEAD = """# Benches
 `python tests/bench`: {date}, commit {commit}, one thread on {machine};
 torch {torch}, transformers {transformers}, mosaicml {mosaicml}; {minutes:.0f} minutes. CPU time,
 contenders in turns, medians of five rounds, or of one to three of those that take a minute and
-more; equal results come first. The peer is transformers' LlavaOnevision
-with the same weights.
+more; equal results come first. The peer is transformers' LlavaOnevision with the same weights.
 
 | what | found | target | met | |
 |---|---|---|---|---|
