@@ -26,7 +26,7 @@ from streaming.base.util import merge_index
 from tqdm import tqdm
 
 from nanollava.anyres import open_image
-from nanollava.hub import room_in
+from nanollava.files import room_in
 from nanollava.prompts import read_turns
 from nanollava.recipe import ABOUT, Recipe, Stage, used_sources
 from nanollava.sequence import Document, Writer

@@ -153,8 +153,7 @@ def evaluate(assistant: Any, run: str | Path, only: Sequence[str] = (), limit: i
     if not recipe.tasks:
         raise ValueError(f"the recipe of {run} has no tasks")
     tasks = {k: t for k, t in recipe.tasks.items() if t and (not only or k in only)}
-    unknown = set(only) - set(recipe.tasks)
-    if unknown:
+    if unknown := set(only) - set(recipe.tasks):
         raise ValueError(f"unknown tasks {sorted(unknown)}; this recipe has {list(recipe.tasks)}")
     digest, done, rows = weights_digest(run), read_lines(run / "results.jsonl"), []
     for setting, changes in (recipe.settings or {"recipe": {}}).items():

@@ -11,11 +11,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn import functional as F
 
 from nanollava.anyres import Layout, Visual
 from nanollava.encoder import ENCODERS, build
-from nanollava.hub import fetching, whole
+from nanollava.files import fetching, whole
 from nanollava.llm import load_llm, load_tokenizer
 from nanollava.pooling import add_newlines, pool
 from nanollava.projector import Projector
@@ -152,10 +153,16 @@ class VLM(nn.Module):
         return [{"params": ps, "lr": r, "weight_decay": d} for (r, d), ps in groups.items()]
 
 
+def gather(model: VLM) -> dict[str, Tensor]:
+    """All tensors of a model that is sharded over processes, on the first one's CPU; each calls."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
+
+
 def save(model: VLM, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
     """Write recipe.yaml, config.json, the tokenizer and, last, model.safetensors.
 
-    `state`: the tensors, where the model itself holds only shards of them.
+    `state`: the tensors, where the model itself holds only shards of them (`gather`).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

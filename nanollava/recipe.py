@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nanollava.anyres import Visual, layout, parse_grids
 from nanollava.encoder import ENCODERS
-from nanollava.hub import whole
+from nanollava.files import whole
 from nanollava.metrics import METRICS
 from nanollava.projector import ACTIVATIONS
 from nanollava.prompts import MASKS, TEMPLATES
@@ -178,9 +178,7 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None, **changes:
     """
     for word in overrides or []:
         if "=" not in word:
-            raise ValueError(
-                f"{word!r} is no override: write key=value, e.g. stages.stage2.lr=1e-5"
-            )
+            raise ValueError(f"{word!r} is no override: write key=value, e.g. run=runs/mine")
     try:
         typed = OmegaConf.to_container(OmegaConf.from_dotlist(overrides or []))
         typed = OmegaConf.merge(
@@ -228,9 +226,7 @@ def _check_stage(recipe: Recipe, where: str, stage: Stage) -> None:
     known = list(recipe.sources)
     for source, times in stage.sources.items():
         if source not in known:
-            raise ValueError(
-                f"{where}.sources: {source!r} is not among the recipe's sources {known}"
-            )
+            raise ValueError(f"{where}.sources: {source!r} is none of the recipe's: {known}")
         if not times >= 0:
             raise ValueError(f"{where}.sources.{source}: {times}; expected 0 or more")
     if not re.fullmatch(r"[1-9]\d*(ep|ba)", stage.duration):

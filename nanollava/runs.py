@@ -5,24 +5,26 @@ The same recipe again continues what it finds there; another recipe is refused.
 
 import csv
 import json
-import platform
+import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
+from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import state_dict
+from torch.serialization import safe_globals
+from torch.torch_version import TorchVersion
 from tqdm import tqdm
 
-from nanollava.hub import whole
-from nanollava.model import VLM, save
+from nanollava.files import whole
 from nanollava.recipe import Recipe, Stage, differences, read_recipe, write_recipe
+from nanollava.sources import tool
 
-PACKAGES = ("torch", "transformers", "mosaicml", "mosaicml-streaming", "open_clip_torch")
 COLUMNS = ("stage", "step", "source", "loss", "tokens", "lr", "seconds")
 
 
@@ -47,22 +49,13 @@ def open_run(recipe: Recipe, processes: int) -> None:
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
     write_recipe(replace(recipe, fresh=False), run / "recipe.yaml")
-    here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
-    git = ["git", "rev-parse", "HEAD"] if shutil.which("git") else ["true"]
-    environment = {
-        "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "processes": processes,
-        "commit": subprocess.run(git, **here).stdout.strip(),
-        "seed": recipe.seed,
-    }
     file = run / "environment.json"  # one entry for each start
     starts = json.loads(file.read_text()) if file.exists() else []
     if starts and starts[-1]["processes"] != processes:
         print(f"{run} goes on in the same order, now with {processes} processes")
+    starts.append(tool("environment").environment(recipe, processes))
     with whole(file) as half:
-        half.write_text(json.dumps([*starts, environment], indent=1))
+        half.write_text(json.dumps(starts, indent=1))
 
 
 def read_losses(run: str | Path) -> list[dict[str, str]]:
@@ -124,6 +117,21 @@ def checkpointing(name: str, run: Path, due: Callable) -> dict:
     }
 
 
+@contextmanager
+def weights_only(run: Path) -> Iterator[None]:
+    """A checkpoint of Composer's that is loaded meanwhile is data: it can run nothing."""
+    array = np.zeros(0, np.uint32)  # the state of numpy's generator is one
+    arrays = (np.ndarray, np.dtype, type(array.dtype), array.__reduce__()[0])
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # whatever Composer asks for
+    try:
+        with safe_globals([timedelta, TorchVersion, *arrays]):
+            yield
+    except UnpicklingError as error:
+        raise ValueError(f"{run}/checkpoints: no run wrote these: delete that folder") from error
+    finally:
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+
+
 def excess() -> float:
     """The mean of ones over all processes as FSDP2 asks for it: gloo gives the sum (torch 2.7)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,15 +139,6 @@ def excess() -> float:
     mean = ones[:1].clone()
     dist.reduce_scatter_tensor(mean, ones, op=dist.ReduceOp.AVG)
     return float(mean)
-
-
-def keep(recipe: Recipe, model: VLM, folder: Path) -> None:
-    """Save a stage's model; its shards are gathered on the first process."""
-    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = state_dict.get_model_state_dict(model, options=options) if recipe.shard else None
-    if dist.get_rank() == 0:
-        save(model, folder, state)
-    dist.barrier()
 
 
 def finish(run: Path, last: Path) -> None:

@@ -171,6 +171,12 @@ def pack(documents: Sequence[Document], tile: int) -> Pack:
     )
 
 
+def count_tokens(batch: list[Document] | Pack) -> dict[str, int]:
+    """Positions and supervised tokens of a batch or of one pack."""
+    rows = [batch] if isinstance(batch, Pack) else batch
+    return {"total": sum(len(r.ids) for r in rows), "loss_generating": sum(r.learned for r in rows)}
+
+
 def split(documents: Sequence[Document], budget: int) -> list[list[Document]]:
     """First-fit decreasing: as few packs of at most `budget` positions as that finds.
 

@@ -32,10 +32,10 @@ from tqdm import tqdm
 from nanollava import runs
 from nanollava.cost import forward_flops, rates, step_flops
 from nanollava.data import make_loader, prepare
-from nanollava.hub import room_in
-from nanollava.model import TRAIN, VLM, load_weights
+from nanollava.files import room_in
+from nanollava.model import TRAIN, VLM, gather, load_weights, save
 from nanollava.recipe import Recipe, Stage
-from nanollava.sequence import Document, Pack, pack, split
+from nanollava.sequence import Document, Pack, count_tokens, pack, split
 from nanollava.sources import tool
 
 
@@ -82,12 +82,6 @@ def split_batch(documents: list[Document], budget: int, tile: int) -> list[Pack]
     # A process that has run out of documents still takes part in every reduction.
     packs += [[] for _ in range(most - len(packs))]
     return [pack(documents, tile) for documents in packs]
-
-
-def count_tokens(batch: list[Document] | Pack) -> dict[str, int]:
-    """Positions and supervised tokens of a batch or of one pack."""
-    rows = [batch] if isinstance(batch, Pack) else batch
-    return {"total": sum(len(r.ids) for r in rows), "loss_generating": sum(r.learned for r in rows)}
 
 
 class Report(Callback):
@@ -197,22 +191,23 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> T
         microbatch_transforms=lambda pack: pack.to(model.newline.device),
     )
     rates = (stage.lr, stage.vision_lr, stage.projector_lr or stage.lr, stage.weight_decay)
-    return Trainer(
-        model=Student(model, stage),
-        train_dataloader=data,
-        optimizers=torch.optim.AdamW(model.groups(*rates), fused=True),
-        schedulers=CosineAnnealingWithWarmupScheduler(f"{round(steps * stage.warmup)}ba"),
-        callbacks=[report, SpeedMonitor(window_size=10)],
-        max_duration=f"{steps}ba",
-        device_train_microbatch_size=stage.microbatch_tokens,  # passed on to split_batch as it is
-        accumulate_train_batch_on_tokens=True,  # else uneven packs are averaged as if even
-        precision="fp32",  # the model's own autocast computes in bf16, on the CPU too
-        seed=recipe.seed,
-        device="gpu" if torch.cuda.is_available() else "cpu",
-        progress_bar=False,
-        **sharding(recipe, model),
-        **runs.checkpointing(name, run, report.due),
-    )
+    with runs.weights_only(run):
+        return Trainer(
+            model=Student(model, stage),
+            train_dataloader=data,
+            optimizers=torch.optim.AdamW(model.groups(*rates), fused=True),
+            schedulers=CosineAnnealingWithWarmupScheduler(f"{round(steps * stage.warmup)}ba"),
+            callbacks=[report, SpeedMonitor(window_size=10)],
+            max_duration=f"{steps}ba",
+            device_train_microbatch_size=stage.microbatch_tokens,  # as it is, to split_batch
+            accumulate_train_batch_on_tokens=True,  # else uneven packs are averaged as if even
+            precision="fp32",  # the model's own autocast computes in bf16, on the CPU too
+            seed=recipe.seed,
+            device="gpu" if torch.cuda.is_available() else "cpu",
+            progress_bar=False,
+            **sharding(recipe, model),
+            **runs.checkpointing(name, run, report.due),
+        )
 
 
 def sharding(recipe: Recipe, model: VLM) -> dict:
@@ -221,9 +216,8 @@ def sharding(recipe: Recipe, model: VLM) -> dict:
         return {}
     for block in model.blocks():
         block._fsdp_wrap = True
-    return {"parallelism_config": {"fsdp": FSDP2Config(
-        state_dict_type="full", load_monolith_rank0_only=True
-    )}}  # fmt: skip
+    settings = FSDP2Config(state_dict_type="full", load_monolith_rank0_only=True)
+    return {"parallelism_config": {"fsdp": settings}}
 
 
 def begin(recipe: Recipe, last: Path | None) -> VLM:
@@ -263,7 +257,10 @@ def train(recipe: Recipe) -> Path:
             with room_in(run):
                 model = begin(recipe, last)
                 stop = run_stage(recipe, name, model)
-                runs.keep(recipe, model, run / name)
+                state = gather(model) if recipe.shard else None
+                if first:
+                    save(model, run / name, state)
+                dist.barrier()
             if stop:
                 raise SystemExit(143)
         last = run / name

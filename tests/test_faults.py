@@ -3,7 +3,9 @@ command ends bit for bit as if nothing had happened.
 """
 
 import errno
+import os
 import random
+import shutil
 import signal
 import time
 from collections import namedtuple
@@ -15,7 +17,7 @@ import torch
 from launching import check_equal_runs, finish, losses, start, stop_at, write_recipe
 from safetensors import SafetensorError
 
-from nanollava import hub, runs
+from nanollava import files, runs
 from nanollava import model as parts
 from nanollava.data import shard_folder
 from nanollava.recipe import read_recipe
@@ -82,7 +84,7 @@ def test_a_disk_that_is_full_when_a_stage_ends(whole, tmp_path, monkeypatch):
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(parts, "save_file", full)
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: usage(1, 1, 0))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage(1, 1, 0))
     stops(whole, tmp_path / "run", OSError, "no space left in .*run: make room")
     monkeypatch.undo()
     again(whole, tmp_path / "run")
@@ -138,6 +140,29 @@ def test_half_a_line_of_losses(whole, tmp_path, torn):
     again(whole, run)
 
 
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_checkpoint_that_is_code_runs_nothing(whole, tmp_path):
+    run, trap = tmp_path / "run", tmp_path / "trap"
+    stop_at(start(whole[0], f"run={run}"), run, ("stage2", 8), signal.SIGTERM)
+    latest = run / "checkpoints/stage2-latest-rank0.pt"
+    torch.save(torch.load(latest, weights_only=False) | {"more": Trap(trap)}, latest)
+    stops(whole, run, ValueError, "run/checkpoints: no run wrote these: delete that folder")
+    assert not trap.exists()
+    torch.load(latest, weights_only=False)
+    assert trap.exists()  # Composer would have
+    shutil.rmtree(run / "checkpoints")
+    again(whole, run)
+
+
 def test_a_clock_that_jumps(whole, tmp_path, monkeypatch):
     real, draw = time.time, random.Random(0)
     monkeypatch.setattr(time, "time", lambda: real() + draw.choice((-86400, 0, 86400)))
@@ -149,11 +174,12 @@ def test_a_worker_that_is_killed(whole, tmp_path):
     run = tmp_path / "run"
     process, killed = start(whole[0], f"run={run}"), False
     while not killed and process.poll() is None:
-        if (run / "losses.csv").exists() and ("stage2", 4) in losses(run):
-            below = psutil.Process(process.pid).children(recursive=True)
-            for worker in (p for p in below if p.parent() in below and not p.children()):
-                worker.send_signal(signal.SIGKILL)
-                killed = True
+        if (run / "losses.csv").exists() and ("stage2", 2) in losses(run):
+            for trainer in psutil.Process(process.pid).children():
+                forked = [p for p in trainer.children() if p.cmdline() == trainer.cmdline()]
+                for worker in forked:
+                    worker.send_signal(signal.SIGKILL)
+                    killed = True
         time.sleep(0.02)
     told = finish(process, code=1)
     assert killed and "DataLoader worker" in told, told[-3000:]

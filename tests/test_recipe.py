@@ -182,7 +182,7 @@ def test_written_and_read_again_is_the_same(file, tmp_path):
     ("visual: {arrange: flat, budget: mosaic}", "flat needs budget per_view"),
     ("visual: {pool_stride: 0}", "visual.pool_stride: 0; expected 1 or more"),
     ("sources: {a: {path: x}}\nstages: {s: {sources: {b: 1}}}",
-     "stages.s.sources: 'b' is not among the recipe's sources ['a']"),
+     "stages.s.sources: 'b' is none of the recipe's: ['a']"),
     ("stages: {s: {lr: 1}}", "stages.s has no sources"),
     ("sources: {a: {path: x}}\nstages: {s: {sources: {a: 1}, train: llm}}",
      "stages.s.train: 'llm' is unknown; choose from projector, projector+llm, full"),

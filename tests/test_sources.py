@@ -27,7 +27,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image
 from streaming import StreamingDataset
 
-from nanollava import data, hub
+from nanollava import data, files
 from nanollava.data import make_loader, prepare, prepare_source, shard_folder, split_images
 from nanollava.recipe import Recipe, Source, Stage, read_recipe
 from nanollava.sequence import Writer
@@ -503,7 +503,7 @@ def test_without_a_network_the_advice_is_a_copy(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_while_fetching_is_told_as_such():
-    with pytest.raises(OSError) as error, hub.fetching("a", "b"):
+    with pytest.raises(OSError) as error, files.fetching("a", "b"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert error.value.errno == errno.ENOSPC
 
@@ -524,7 +524,7 @@ def test_sizes_are_told_and_what_cannot_fit_is_refused(tmp_path, monkeypatch, ca
         "own": Source(f"{OWN}:squares", samples=3),
     }))  # fmt: skip
     free = {"free": 5 * 10**9 - 1}
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: SimpleNamespace(**free))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(**free))
     with pytest.raises(ValueError, match="no room for 5.00 GB: 5.00 GB free in .*"):
         prepare(recipe)  # 3 GB of shards and 2 GB to fetch
     assert not (tmp_path / "d").exists()
@@ -551,7 +551,7 @@ def test_what_is_written_already_needs_no_room(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(data, "prepare_source", lambda *_: None)
     free = SimpleNamespace(free=size - 10)
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: free)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: free)
     with pytest.raises(ValueError, match="no room"):
         prepare(recipe)
     chunk = Path(f"{shard_folder(recipe, 'a')}.part", "00000")

@@ -10,7 +10,6 @@ import datetime
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -28,11 +27,11 @@ from tqdm import tqdm
 from nanollava.anyres import Visual, parse_budget
 from nanollava.encoder import ENCODERS
 from nanollava.evaluate import add_line, evaluate, read_lines
-from nanollava.hub import whole
+from nanollava.files import whole
 from nanollava.recipe import Recipe, read_recipe, run_keys, used_sources
 from nanollava.sources import tool
 
-plan, rows_of, verdicts = tool("plan"), tool("rows"), tool("verdicts")
+plan, rows_of, verdicts, environment = map(tool, ("plan", "rows", "verdicts", "environment"))
 TUNING = 100  # seeds from here on choose settings; their results are no evidence
 ROOT = Path(__file__).parents[2]
 
@@ -226,14 +225,6 @@ def costs(tasks: dict[str, Task], task: Task) -> dict[str, float | None]:
     return found | {[*task.recipe.stages][-1]: cost["cpu_seconds"]}
 
 
-def commit() -> str:
-    """The commit that results are made at, marked if what they depend on is changed."""
-    git, paths = ["git", "-C", str(ROOT)], ("nanollava", "recipes", ":!recipes/ablations/results")
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *paths, ":!recipes/*.md"])
-    return head.stdout.strip() + ("-dirty" if changed.returncode else "")
-
-
 def main(
     file: Annotated[Path, typer.Argument(help="Rows, e.g. recipes/ablations/grids.yaml")],
     seeds: Annotated[int, typer.Option(min=1, help="how many")] = 5,
@@ -251,7 +242,7 @@ def main(
     verdicts.read_claims(file)  # what is wrong with them is told now
     done = {(line["row"], line["seed"], line["key"]) for line in read_lines(out)}
     tasks = plan_tasks(file, scale, chosen, row or [], done)
-    at, today = commit(), datetime.date.today()
+    at, today = environment.commit(), datetime.date.today()
     folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(tasks), desc=file.stem, smoothing=0, file=sys.stdout)
     for task, measured in run_tasks(tasks, 0 if full else workers):

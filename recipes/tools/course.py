@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanollava.hub import whole
+from nanollava.files import whole
 from nanollava.recipe import Stage
 from nanollava.runs import read_losses
 

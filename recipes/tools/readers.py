@@ -26,7 +26,7 @@ from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.utils import filter_repo_objects
 
-from nanollava.hub import fetching
+from nanollava.files import fetching
 
 HUB = "hf://datasets/"
 BROKEN = (OSError, ValueError, EOFError, RuntimeError, zlib.error, tarfile.TarError,

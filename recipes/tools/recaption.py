@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from nanollava.evaluate import Answer, answer_all, weights_digest
-from nanollava.hub import whole
+from nanollava.files import whole
 from nanollava.prompts import PLACEHOLDER, Turn
 from nanollava.recipe import Source, read_recipe
 from nanollava.sources import images_of, records

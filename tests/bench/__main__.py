@@ -52,7 +52,7 @@ def commit() -> str:
     """The commit that is measured, as results of ablations name theirs."""
     from nanollava.sources import tool
 
-    return tool("ablate").commit()
+    return tool("environment").commit()
 
 
 def main() -> None:
