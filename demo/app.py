@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -102,14 +102,19 @@ class Visit:
         self.images, self.files, self.exchanges, self.answering = images, tuple(files), [], {}
 
 
+@cache
+def examples() -> list[bytes]:
+    """The files of the page's own examples."""
+    return [(MADE_BY_HAND / name).read_bytes() for name in EXAMPLES]
+
+
 def release(files: Collection[str]) -> None:
     """Delete uploads that no visit holds any more; the page's own examples stay."""
-    examples = [(MADE_BY_HAND / name).read_bytes() for name in EXAMPLES]
     HELD.subtract(files)
     for file in [file for file in files if HELD[file] <= 0]:
         del HELD[file]
         path = Path(file)
-        if path.is_file() and path.read_bytes() not in examples:
+        if path.is_file() and path.read_bytes() not in examples():
             path.unlink()
 
 

@@ -90,11 +90,10 @@ def claims(name: str) -> Styler:
     """The blog's sentences about an ablation, what nano measured, and the verdicts."""
     shown = []
     for v in results.judged(ABLATIONS / f"{name}.yaml"):
-        unit = v.claim.unit
-        found = f"{unit * v.mean:.2g} [{unit * v.low:.2g}, {unit * v.high:.2g}]"
-        found, word = (found, v.word) if v.seeds else ("-", "not run yet")
-        shown.append({"claim": v.claim.name, "the blog": v.claim.source, "measured": found,
-                      "seeds": len(v.seeds), "verdict": word})  # fmt: skip
+        word = v.word if v.seeds else "not run yet"
+        shown.append({"claim": v.claim.name, "the blog": v.claim.source,
+                      "measured": results.difference(v, 2), "seeds": len(v.seeds),
+                      "verdict": word})  # fmt: skip
     left = {"text-align": "left"}
     return pd.DataFrame(shown).style.hide(axis="index").set_properties(**left)
 

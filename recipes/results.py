@@ -83,10 +83,16 @@ def table(file: Path) -> list[str]:
     return out
 
 
+def difference(v, digits: int = 3) -> str:
+    """What was measured about a claim, and its 95% interval over seeds."""
+    mean, low, high = (f"{v.claim.unit * x:.{digits}g}" for x in (v.mean, v.low, v.high))
+    each = {0: "-", 1: f"{mean} (one seed)"}
+    return each.get(len(v.seeds), f"{mean} [{low}, {high}]")
+
+
 def told(v) -> str:
     """A claim's line."""
     unit = v.claim.unit
-    low, high = (f"{unit * x:.3g}" for x in (v.low, v.high))
     asked = "-" if v.questions[0] != v.questions[0] else "{:.3g} to {:.3g}".format(
         *(unit * x for x in v.questions))  # fmt: skip
     rule = {
@@ -94,8 +100,8 @@ def told(v) -> str:
         "at_most": f"below {unit * v.claim.margin:g}",
     }.get(v.claim.holds, f"p {v.p:.2g}")
     name = v.claim.name + (f" (written {v.claim.late})" if v.claim.late else "")
-    return (f"| {name} | {v.claim.source} | {unit * v.mean:.3g} [{low}, {high}]"
-            f" | {asked} | {len(v.seeds)} | {rule} | **{v.word}** |")  # fmt: skip
+    return (f"| {name} | {v.claim.source} | {difference(v)} | {asked} | {len(v.seeds)}"
+            f" | {rule} | **{v.word}** |")  # fmt: skip
 
 
 OPENING = """# What the nano ablations show

@@ -241,6 +241,8 @@ def scored(model: Any, task: str, manager: Any, asked: dict[str, Any], file: Pat
 
 def main(run: Path, names: Sequence[str], limit: int = 0, beside: str = "T4:0") -> None:
     """Score a run on benchmarks; goes on where it was stopped."""
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run} is no folder: give a run's, or a LlavaOnevision's")
     try:
         from lmms_eval.tasks import TaskManager
         from loguru import logger

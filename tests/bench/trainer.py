@@ -66,7 +66,12 @@ def bare(model: VLM, documents: list, stage) -> list[float]:
 def main() -> list[Row]:
     """The rows of C8."""
     torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp())
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(Path(folder))
+
+
+def measure(folder: Path) -> list[Row]:
+    """Both loops over the same packs, in turn."""
     recipe = read_recipe(write_recipe(folder), [f"run={folder}/run"])
     model = VLM(recipe)
     start = {k: v.clone() for k, v in model.state_dict().items()}
