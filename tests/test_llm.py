@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, modeling_utils
 
 from nanollava.encoder import ENCODERS
 from nanollava.llm import LLMS, config_of, load_llm, load_tokenizer
@@ -83,6 +83,18 @@ def test_a_pickle_with_code_is_not_run(vicuna, capfd):
     with pytest.raises((OSError, pickle.UnpicklingError)):
         load_llm(str(vicuna))
     assert "it ran" not in capfd.readouterr().out
+
+
+def test_a_config_cannot_name_code_of_the_hub(vicuna, monkeypatch):
+    """CVE-2026-4372 of transformers before 5.3: attention kernels that a config.json asks for."""
+    asked, file = [], vicuna / "config.json"
+    keys = json.loads(file.read_text()) | {"_attn_implementation_internal": "someone/kernels"}
+    file.write_text(json.dumps(keys))
+    monkeypatch.setattr(modeling_utils, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(modeling_utils, "load_and_register_kernel", asked.append)
+    for weights in ("random", "published"):
+        assert load_llm(str(vicuna), weights).config._attn_implementation == "packed"
+    assert not asked
 
 
 @pytest.mark.parametrize("encoder", ["nano_m", "clip_l_336", "eva_8b_448"])
