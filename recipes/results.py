@@ -40,7 +40,7 @@ def measured(file: Path) -> dict[str, list[dict]]:
     """Row of an ablation -> its measurements, one for each seed; without those of none."""
     lines = verdicts.latest(read_lines(results(file)))
     rows = {row: [x for (other, _), x in sorted(lines.items()) if other == row]
-            for row in rows_of.read_rows(file)}  # fmt: skip
+            for row in rows_of.read_ablation(file).rows}  # fmt: skip
     return {row: found for row, found in rows.items() if found}
 
 

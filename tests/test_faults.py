@@ -130,13 +130,12 @@ def test_shards_that_rot_name_the_sample(whole, tmp_path):
         train(read_recipe(tmp_path / "own.yaml", [f"run={tmp_path}/other"]))
 
 
-@pytest.mark.parametrize("torn", ["stage2", "stage2,", "stage2,1"])
-def test_half_a_line_of_losses(whole, tmp_path, torn):
+def test_half_a_line_of_losses(whole, tmp_path):
     """As a full disk leaves it."""
     run = tmp_path / "run"
     stop_at(start(whole[0], f"run={run}"), run, ("stage2", 8), signal.SIGTERM)
     with (run / "losses.csv").open("a") as file:
-        file.write(torn)
+        file.write("stage2,1")
     again(whole, run)
 
 

@@ -116,3 +116,13 @@ def test_a_loss_that_jumps_is_told_with_its_sources():
     flat = course.Course("", "stage1", 99)
     assert not any(flat.odd(loss, {}) for loss in [*[1.0] * 25, 1.1]), "many deviations, no jump"
     assert flat.odd(1.5, {})
+
+
+@pytest.mark.parametrize("torn", ["stage2", "stage2,", "stage2,1", "stage2,11,all,0.5,7,1e-3"])
+def test_half_a_line_of_losses_is_left_out(tmp_path, torn):
+    keep_losses(tmp_path, "stage2", 0)
+    add_losses(tmp_path, [("stage2", 1, "all", "0.5", 7, "0.001", "0.10")])
+    whole = read_losses(tmp_path)
+    with (tmp_path / "losses.csv").open("a") as file:
+        file.write(torn)
+    assert len(whole) == 1 and read_losses(tmp_path) == whole

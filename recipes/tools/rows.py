@@ -105,7 +105,8 @@ def read_rows(file: Path, scale: str = "nano") -> dict[str, Row]:
         try:
             keys = [at_ratio(local(Template(key).substitute(roles), base.parent), start)
                     for key in [*common, *own, *row.keys]]  # fmt: skip
-            with_visual(start, row.infer)
+            if row.infer:
+                with_visual(start, row.infer)
         except KeyError as error:
             raise ValueError(f"{file}: row {name}: roles.{scale} has no {error}") from error
         except (ValueError, TypeError) as error:
@@ -140,8 +141,10 @@ def at_ratio(key: str, base: Recipe) -> str:
     if not sign:
         return key
     try:
-        value = OmegaConf.select(OmegaConf.structured(base), name)
+        value = base
+        for part in name.split("."):
+            value = value[part] if isinstance(value, dict) else getattr(value, part)
         number = value * float(ratio)
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{key}: the base has no number {name} to multiply") from error
     return f"{name}={round(number) if isinstance(value, int) else f'{number:g}'}"

@@ -146,10 +146,11 @@ def questions(lines: dict, claim: Claim, seeds: Sequence[int]) -> tuple[float, f
             rows = {row: scores(task) for row, task in tasks.items()}
             total = METRICS[next(iter(tasks.values()))["metric"]][1]
             n = len(next(iter(rows.values())))
-            for k in range(len(totals)):
-                some = rng.integers(n, size=n)  # the same questions for all rows
-                found = sum(w * total(rows[row][some]) for row, w in claim.contrast.items())
-                totals[k] += found / len(seeds) / len(claim.metric)
+            some = rng.integers(n, size=(len(totals), n))  # the same questions for all rows
+            for row, w in claim.contrast.items():
+                drawn = rows[row][some]
+                each = drawn.mean(1) if total is np.mean else np.array([*map(total, drawn)])
+                totals += w * each / len(seeds) / len(claim.metric)
     low, high = np.percentile(totals, (2.5, 97.5))
     return float(low), float(high)
 
