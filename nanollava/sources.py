@@ -47,8 +47,8 @@ def function_of(path: str):
     file, _, name = path.rpartition(":")
     module = import_file(file)
     if not hasattr(module, name):
-        known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
-        raise ValueError(f"{file} has no function {name!r}; it has {', '.join(known)}")
+        own = [k for k, v in vars(module).items() if getattr(v, "__module__", 0) == module.__name__]
+        raise ValueError(f"{file} has no function {name!r}; it has {', '.join(own)}")
     return getattr(module, name)
 
 
