@@ -174,11 +174,10 @@ def test_a_worker_that_is_killed(whole, tmp_path):
     process, killed = start(whole[0], f"run={run}"), False
     while not killed and process.poll() is None:
         if (run / "losses.csv").exists() and ("stage2", 2) in losses(run):
-            for trainer in psutil.Process(process.pid).children():
-                forked = [p for p in trainer.children() if p.cmdline() == trainer.cmdline()]
-                for worker in forked:
-                    worker.send_signal(signal.SIGKILL)
-                    killed = True
+            trainer = psutil.Process(process.pid)
+            for worker in (p for p in trainer.children() if p.cmdline() == trainer.cmdline()):
+                worker.send_signal(signal.SIGKILL)
+                killed = True
         time.sleep(0.02)
     told = finish(process, code=1)
     assert killed and "DataLoader worker" in told, told[-3000:]
