@@ -174,6 +174,8 @@ def test_unreadable_videos_are_errors(tmp_path):
     for data in (b"", b"no video", whole[:200], playlist, photo(), str(tmp_path / "none.mp4")):
         with pytest.raises(ValueError, match="unreadable video: "):
             open_video(data, 4)
+    with pytest.raises(ValueError, match="unreadable video: no decoder for its pictures"):
+        open_video(whole.replace(b"mp4v", b"none").replace(b"esds", b"none"), 4)
     with pytest.raises(ValueError, match="5 frames of 64x48 pixels, limit 3,071 each"):
         open_video(whole, 4, 3071)
     assert len(open_video(whole, 4, 3072)) == 4

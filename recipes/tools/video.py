@@ -23,6 +23,8 @@ def open_video(data: bytes | str | Path, count: int, limit: int = MAX_PIXELS) ->
         source = io.BytesIO(data) if isinstance(data, bytes) else str(data)
         with av.open(source, options={"format_whitelist": CONTAINERS}) as video:
             stream = video.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError("no decoder for its pictures")
             pixels = stream.width * stream.height
             if pixels > limit or pixels * stream.frames > 100 * limit:
                 size = f"{stream.frames} frames of {stream.width}x{stream.height} pixels"
