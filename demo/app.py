@@ -103,7 +103,7 @@ class Visit:
 
 
 @cache
-def examples() -> list[bytes]:
+def made_by_hand() -> list[bytes]:
     """The files of the page's own examples."""
     return [(MADE_BY_HAND / name).read_bytes() for name in EXAMPLES]
 
@@ -114,7 +114,7 @@ def release(files: Collection[str]) -> None:
     for file in [file for file in files if HELD[file] <= 0]:
         del HELD[file]
         path = Path(file)
-        if path.is_file() and path.read_bytes() not in examples():
+        if path.is_file() and path.read_bytes() not in made_by_hand():
             path.unlink()
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -122,14 +123,12 @@ def weights_only(run: Path) -> Iterator[None]:
     """A checkpoint of Composer's that is loaded meanwhile is data: it can run nothing."""
     array = np.zeros(0, np.uint32)  # the state of numpy's generator is one
     arrays = (np.ndarray, np.dtype, type(array.dtype), array.__reduce__()[0])
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # whatever Composer asks for
+    forced = patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1")  # whatever Composer asks for
     try:
-        with safe_globals([timedelta, TorchVersion, *arrays]):
+        with forced, safe_globals([timedelta, TorchVersion, *arrays]):
             yield
     except UnpicklingError as error:
         raise ValueError(f"{run}/checkpoints: no run wrote these: delete that folder") from error
-    finally:
-        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
 
 
 def excess() -> float:

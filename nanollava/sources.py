@@ -47,7 +47,8 @@ def function_of(path: str):
     file, _, name = path.rpartition(":")
     module = import_file(file)
     if not hasattr(module, name):
-        own = [k for k, v in vars(module).items() if getattr(v, "__module__", 0) == module.__name__]
+        own = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")
+               and getattr(v, "__module__", "") == module.__name__]  # fmt: skip
         raise ValueError(f"{file} has no function {name!r}; it has {', '.join(own)}")
     return getattr(module, name)
 

@@ -20,13 +20,6 @@ collect_ignore = [name for name, library in NEED.items() if find_spec(library) i
 TOKENIZER = ROOT / "recipes" / "nano" / "tokenizer"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_configure(config):
-    """Several processes take over what is left to the others: some tests launch whole trainings."""
-    if getattr(config.option, "numprocesses", None):
-        config.option.dist = "worksteal"
-
-
 def film(frames, width=64, height=48, kind="mp4"):
     """A video whose frame i is grey 20 i, as bytes."""
     import av

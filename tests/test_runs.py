@@ -1,6 +1,7 @@
 """Run folders and checkpoints: what is kept, what is refused, what is never deleted."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from nanollava.runs import (
     keep_losses,
     open_run,
     read_losses,
+    weights_only,
 )
 from nanollava.sources import tool
 from nanollava.train import Report
@@ -126,3 +128,14 @@ def test_half_a_line_of_losses_is_left_out(tmp_path, torn):
     with (tmp_path / "losses.csv").open("a") as file:
         file.write(torn)
     assert len(whole) == 1 and read_losses(tmp_path) == whole
+
+
+@pytest.mark.parametrize("own", [None, "1"])
+def test_reading_weights_only_ends_with_the_checkpoint(tmp_path, monkeypatch, own):
+    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    monkeypatch.delenv(key, raising=False)
+    if own:
+        monkeypatch.setenv(key, own)
+    with weights_only(tmp_path):
+        assert os.environ[key] == "1"
+    assert os.environ.get(key) == own
