@@ -58,7 +58,11 @@ def clean(notebook: NotebookNode) -> None:
 def run(file: Path) -> NotebookNode:
     """A notebook's cells, run in its own folder; raises at the first cell that fails."""
     notebook, start = nbformat.read(file, as_version=4), time.time()
-    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": file.parent}}).execute()
+    client = NotebookClient(
+        notebook, timeout=500 if QUICK else 1800, resources={"metadata": {"path": file.parent}}
+    )
+    client.widget_registry = {}  # sliders draw into the cell; nbclient's stand-in for their output
+    client.execute()  # answers the kernel while it waits for it, and may then wait for good (#312)
     clean(notebook)
     notebook.metadata["nanollava"] = {"seconds": round(time.time() - start), "quick": QUICK}
     return notebook

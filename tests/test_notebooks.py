@@ -6,6 +6,7 @@ import io
 import re
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 
 import nbformat
@@ -37,6 +38,24 @@ def test_runs_from_top_to_bottom(file, monkeypatch, tmp_path):
     notebook = import_file(str(ROOT / "notebooks/run.py")).run(file)
     ran = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in ran)
+
+
+@pytest.mark.timeout(120)
+def test_cells_with_sliders_do_not_hang_and_keep_what_they_draw(tmp_path):
+    draw = """
+        import matplotlib.pyplot as plt
+        from ipywidgets import IntSlider, interact
+        %matplotlib inline
+        @interact(a=IntSlider(3, 1, 6))
+        def redraw(a):
+            plt.imshow([[a]])
+            plt.show()
+    """
+    code = [nbformat.v4.new_code_cell(textwrap.dedent(draw)) for _ in range(4)]
+    nbformat.write(nbformat.v4.new_notebook(cells=code), tmp_path / "sliders.ipynb")
+    done = import_file(str(ROOT / "notebooks/run.py")).run(tmp_path / "sliders.ipynb")
+    for cell in done.cells:
+        assert any("image/png" in output.get("data", {}) for output in cell.outputs)
 
 
 @pytest.mark.parametrize("file", LESSONS)
