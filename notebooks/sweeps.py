@@ -17,10 +17,9 @@ import pandas as pd
 import plots
 from pandas.io.formats.style import Styler
 
-from nanollava.recipe import read_recipe
 from nanollava.sources import import_file, tool
 
-rows_of, verdicts, plan = tool("rows"), tool("verdicts"), tool("plan").plan
+rows_of, verdicts = tool("rows"), tool("verdicts")
 read_rows, T4 = rows_of.read_rows, rows_of.TABLES["T4"]
 ABLATIONS = Path(__file__).parent.parent / "recipes" / "ablations"
 results = import_file(str(ABLATIONS.parent / "results.py"))
@@ -32,7 +31,7 @@ def lines(name: str) -> dict[str, list[dict]]:
 
 
 def values(measured: Sequence[dict], metric: str | Sequence[str]) -> list[float]:
-    """One number for each seed: a task's score, the mean of several, `loss`, `train` or `infer`."""
+    """One number for each seed: a task's score, the mean of several, `loss`, `train` ..."""
     names = [metric] if isinstance(metric, str) else metric
     return [float(np.mean([verdicts.value(x, name) for name in names])) for x in measured]
 
@@ -55,17 +54,11 @@ def scores(name: str, tasks: Sequence[str] = (), rows: Sequence[str] = ()) -> li
 
 
 def work(name: str) -> list[dict]:
-    """Stage 2 of each row: FLOPs as planned on a sixteenth of the records, and CPU seconds."""
-    few = ("stages.stage1=null", "stages.stage1_5=null",
-           "sources.instructions.samples=85", "sources.sheets.samples=15")  # fmt: skip
-    asked, out = read_rows(ABLATIONS / f"{name}.yaml"), []
-    for row, measured in lines(name).items():
-        recipe = read_recipe(asked[row].base, [*asked[row].keys, *few])
-        stage = plan(recipe)["stage2"]
-        flops = stage["flops"] / stage["steps"] * len(measured[0]["losses"])
-        seconds = float(np.exp(np.nanmean(values(measured, "train"))))
-        out.append({"row": row, "flops": flops, "seconds": seconds, "seeds": len(measured)})
-    return out
+    """The last stage of each row: FLOPs as counted from its records, and CPU seconds."""
+    return [{"row": row, "seeds": len(measured),
+             "flops": float(np.exp(np.mean(values(measured, "flops")))),
+             "seconds": float(np.exp(np.nanmean(values(measured, "train"))))}
+            for row, measured in lines(name).items()]  # fmt: skip
 
 
 def averages(name: str, rows: Sequence[str] = ()) -> list[dict]:
@@ -75,7 +68,7 @@ def averages(name: str, rows: Sequence[str] = ()) -> list[dict]:
 
 
 def table(name: str, tasks: Sequence[str] = ()) -> Styler:
-    """An ablation's rows in %, mean and half of the 95% t interval; tokens; CPU seconds."""
+    """An ablation's rows in %, mean and half of the 95% t interval; tokens; training's seconds."""
     shown = []
     for row, measured in lines(name).items():
         names = tasks or measured[0]["tasks"]
@@ -90,10 +83,9 @@ def claims(name: str) -> Styler:
     """The blog's sentences about an ablation, what nano measured, and the verdicts."""
     shown = []
     for v in results.judged(ABLATIONS / f"{name}.yaml"):
-        word = v.word if v.seeds else "not run yet"
-        shown.append({"claim": v.claim.name, "the blog": v.claim.source,
+        shown.append({"claim": v.claim.title, "the blog": v.claim.source,
                       "measured": results.difference(v, 2), "seeds": len(v.seeds),
-                      "verdict": word})  # fmt: skip
+                      "verdict": v.word})  # fmt: skip
     left = {"text-align": "left"}
     return pd.DataFrame(shown).style.hide(axis="index").set_properties(**left)
 

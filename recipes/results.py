@@ -9,13 +9,15 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from nanollava.evaluate import read_lines
 from nanollava.sources import tool
 
 HERE = Path(__file__).parent
 STANDS_FOR = {
     "nano-doc": "docvqa", "nano-info": "infovqa", "nano-chart": "chartqa", "nano-presence": "pope",
-    "nano-choice": "scienceqa_img", "CPU-s": "training_time",
+    "nano-choice": "scienceqa_img", "trained": "training_time", "asked": "total_inference_time",
 }  # fmt: skip
 verdicts, rows_of = tool("verdicts"), tool("rows")
 
@@ -48,7 +50,7 @@ def printed(row, task: str) -> str:
     """What the blog prints for a row in the benchmark that a nano task stands for."""
     known, key = rows_of.printed(row), STANDS_FOR.get(task, "")
     key = key if key in known else key.removesuffix("_img")
-    return f" ({known[key]})" if key in known else ""
+    return f" ({known[key]})" if known.get(key) is not None else ""
 
 
 def spread(values: list[float]) -> str:
@@ -69,38 +71,46 @@ def seconds(found: Sequence[dict]) -> str:
     return f"{sum(each) / len(each):.0f}" if each else "-"
 
 
+def asking(found: Sequence[dict]) -> str:
+    """Mean CPU seconds of all tasks' questions."""
+    each = [sum(task["cpu_seconds"] for task in line["tasks"].values()) for line in found]
+    return f"{sum(each) / len(each):.0f}"
+
+
 def table(file: Path) -> list[str]:
-    """An ablation's rows: scores, visual tokens a question, CPU seconds of the last stage."""
+    """An ablation's rows: scores, visual tokens a question, CPU seconds of the last stage and of
+    the questions.
+    """
     rows, known = measured(file), rows_of.read_rows(file)
     tasks = [*next(iter(rows.values()))[0]["tasks"]]
-    out = ["| row | seeds | " + " | ".join(tasks) + " | tokens | CPU-s |",
-           "|---" * (len(tasks) + 4) + "|"]  # fmt: skip
+    out = ["| row | seeds | " + " | ".join(tasks) + " | tokens | trained, CPU-s | asked, CPU-s |",
+           "|---" * (len(tasks) + 5) + "|"]  # fmt: skip
     for name, mine in rows.items():
         row = known[name]
         cells = [spread([verdicts.value(m, t) for m in mine]) + printed(row, t) for t in tasks]
-        cells += [tokens(mine), seconds(mine) + printed(row, "CPU-s")]
+        cells += [tokens(mine), seconds(mine) + printed(row, "trained"),
+                  asking(mine) + printed(row, "asked")]  # fmt: skip
         out.append(f"| {name} | {len(mine)} | {' | '.join(cells)} |")
     return out
 
 
 def difference(v, digits: int = 3) -> str:
-    """What was measured about a claim, and its 95% interval over seeds."""
-    mean, low, high = (f"{v.claim.unit * x:.{digits}g}" for x in (v.mean, v.low, v.high))
-    each = {0: "-", 1: f"{mean} (one seed)"}
-    return each.get(len(v.seeds), f"{mean} [{low}, {high}]")
+    """What was measured about a claim, its 95% interval over seeds, the unit."""
+    mean, low, high = (f"{v.claim.factor * x:.{digits}g}" for x in (v.mean, v.low, v.high))
+    each = {0: "-", 1: f"{mean} {v.claim.unit} (one seed)"}
+    return each.get(len(v.seeds), f"{mean} [{low}, {high}] {v.claim.unit}")
 
 
 def told(v) -> str:
     """A claim's line."""
-    unit = v.claim.unit
+    factor = v.claim.factor
     asked = "-" if v.questions[0] != v.questions[0] else "{:.3g} to {:.3g}".format(
-        *(unit * x for x in v.questions))  # fmt: skip
+        *(factor * x for x in v.questions))  # fmt: skip
     rule = {
-        "within": f"within ±{unit * v.claim.margin:g}",
-        "at_most": f"below {unit * v.claim.margin:g}",
-    }.get(v.claim.holds, f"p {v.p:.2g}")
-    name = v.claim.name + (f" (written {v.claim.late})" if v.claim.late else "")
-    return (f"| {name} | {v.claim.source} | {difference(v)} | {asked} | {len(v.seeds)}"
+        "within": f"within ±{factor * v.claim.margin:g}",
+        "at_most": f"below {factor * v.claim.margin:g}",
+    }.get(v.claim.holds, f"p {v.p:.2g}" + (", counted" if v.claim.metric[0] == "flops" else ""))
+    return (f"| {v.claim.title} | {v.claim.source} | {difference(v)} | {asked} | {len(v.seeds)}"
             f" | {rule} | **{v.word}** |")  # fmt: skip
 
 
@@ -111,19 +121,24 @@ the blog**: models of a million parameters on drawn pages; they can show a mecha
 direction.
 
 Scores in %, with half of the 95% t interval over seeds; in brackets what the blog prints for the
-benchmark that the task stands for. Tokens: visual tokens a question. CPU-s: of the last stage, on
-one thread of a machine with other work, which at times doubled them; in brackets the blog's time.
+benchmark that the task stands for. Tokens: visual tokens a question. CPU-s: of the last stage and
+of all questions, each on one thread of a machine with other work, which at times doubled them, so
+compare within a row of seeds, not between tables; in brackets the blog's time.
 
 A claim is a sentence of the blog or what one of its tables prints, the rows that could show it and
 the smallest difference that matters, written into the ablation's file before its runs, or with what
-was known by then. Differences of scores are in points, those of `train`, `infer` and `flops` are of
-logarithms (of CPU seconds, of the last stage's FLOPs as `plan` counts them), those of `loss` in
-nats. A claim of a difference shows in the **same direction** (or the **opposite** one) where Holm's
-p over such claims of its table is below 0.05 and the difference is as large as matters. A claim of
-hardly any difference shows where the whole 95%
-interval, which is not adjusted for the number of claims, is within (or below) the margin, and is
-contradicted where the interval is outside. Else it is **not resolved**. "Over questions" is what
-other questions could have said about the same models.
+was known by then. Differences of scores are in points, those of CPU seconds and of FLOPs (of the
+last stage, counted as `plan` does: only its pages differ by seed) are of logarithms, those of
+losses in nats. A seed changes the order of stages 1, 1.5 and 2, the records and the questions.
+
+- **same direction**, **opposite**: over three seeds or more, Holm's p over the table's claims of a
+  difference is below 0.05, and the difference is as large as matters. A claim of hardly any
+  difference ("within", "below") shows where its whole 95% interval, not adjusted for the number of
+  claims, is inside the margin, and is contradicted where all of it is outside.
+- **not resolved**: neither. The interval is wide, or the difference too small to matter.
+- **waits for seeds**: fewer than three.
+
+"Over questions" is what other questions could have said about the same models.
 """
 HEAD = ("claim", "the blog", "difference [95% over seeds]", "over questions", "seeds", "test",
         "verdict")  # fmt: skip
@@ -142,23 +157,31 @@ def section(file: Path, found: list) -> list[str]:
     return ["", f"## {file.stem}", "", *about, "", command, "", *table(file), *claims]
 
 
+def trainings() -> str:
+    """What was trained, and how far the scores of a recipe and seed lie apart that two tables
+    trained, each in its session.
+    """
+    lines = [line for file in files() for line in read_lines(results(file))]
+    cost = {(line["run"], *line["losses"]): verdicts.seconds(line) or 0 for line in lines}
+    asked: dict[tuple, dict] = {}
+    for line in lines:
+        for name, task in line["tasks"].items():
+            asked.setdefault((line["key"], name), {})[tuple(line["losses"])] = task["score"]
+    apart = [100 * np.ptp([*each.values()]) for each in asked.values() if len(each) > 1]
+    return (f"{len(cost)} last stages were trained in {sum(cost.values()) / 3600:.1f} CPU hours, of"
+            f" {len({run for run, *_ in cost})} recipes and seeds. Where two tables trained the"
+            f" same, in two sessions, a task's scores lie {np.median(apart):.1f} points apart in"
+            f" the median, {max(apart):.1f} at most: float sums in another order.")  # fmt: skip
+
+
 def page() -> str:
     """All of it."""
     found = {file: judged(file) for file in files()}
-    trained = {line["run"]: verdicts.seconds(line) or 0
-               for file in found for line in read_lines(results(file))}  # fmt: skip
-    hours = sum(trained.values()) / 3600
-    counts = summary([v for each in found.values() for v in each])
-    told = f"{len(trained)} last stages were trained in {hours:.1f} CPU hours. {counts}"
+    counts = Counter(v.word for each in found.values() for v in each)
+    words = ", ".join(f"{word} {counts[word]}" for word in verdicts.WORDS)
+    about = f"{trainings()} Claims: {words}."
     sections = [line for file, each in found.items() for line in section(file, each)]
-    return "\n".join([OPENING, told, *sections]) + "\n"
-
-
-def summary(found: list) -> str:
-    """How many claims have which verdict."""
-    words = Counter(v.word if len(v.seeds) >= verdicts.LEAST else "" for v in found)
-    waits = f"; {words['']} wait for more seeds" if words[""] else ""
-    return ", ".join(f"{word}: {words[word]}" for word in verdicts.WORDS) + waits + "."
+    return "\n".join([OPENING, about, *sections]) + "\n"
 
 
 if __name__ == "__main__":

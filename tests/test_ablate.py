@@ -74,7 +74,7 @@ def test_every_row_is_a_recipe_of_the_nano_base_and_every_claim_has_its_rows(fil
         assert all(Path(door.path.rpartition(":")[0]).is_file() for door in doors)
     for claim in verdicts.read_claims(file):
         assert {*claim.contrast} <= {*read} and claim.margin > 0 and claim.says
-        assert {*claim.metric} <= tasks | verdicts.UNSCORED
+        assert {*claim.metric} <= tasks | {*verdicts.UNSCORED}
 
 
 def test_what_is_refused(tmp_path):
@@ -296,7 +296,7 @@ def test_only_seeds_that_have_all_rows_count_and_the_last_line_of_each():
     found = verdicts.measure(CLAIM, lines)
     assert found.seeds == (0,) and found.mean == pytest.approx(0.1)
     two = verdicts.measure(CLAIM, seeds(0.200, 0.201))
-    assert two.p < 0.01 and verdicts.judge([two])[0].word == "not resolved", "too few seeds"
+    assert two.p < 0.01 and verdicts.judge([two])[0].word == "waits for seeds"
 
 
 def test_a_mean_over_metrics():
@@ -399,6 +399,21 @@ def test_losses_and_seconds_can_be_claimed_about():
     torn = line("b", 0, 0.5, losses=[1.0], cpu_seconds={"stage2": None})
     found = verdicts.measure(replace(CLAIM, metric=("train",)), [one, torn])
     assert found.seeds == (), "a stage that was resumed has no seconds"
+
+
+def test_two_trainings_of_one_recipe_and_seed_are_counted_and_compared(monkeypatch):
+    def trained(score, loss, **keys):
+        tasks = {"t": {"score": score}}
+        cpu = {"stage1": 9, "stage2": 1800}
+        return {"run": "r", "key": "k", "losses": [loss], "cpu_seconds": cpu, "tasks": tasks} | keys
+
+    lines = [trained(0.5, 1.0), trained(0.5, 1.0), trained(0.53, 1.1)]  # the second shares a run
+    lines += [trained(0.9, 1.0, key="asked otherwise"), trained(0.2, 2.0, run="q", key="j")]
+    monkeypatch.setattr(results, "files", lambda: [Path("x.yaml")])
+    monkeypatch.setattr(results, "read_lines", lambda file: lines)
+    told = results.trainings()
+    assert "3 last stages were trained in 1.5 CPU hours, of 2 recipes" in told
+    assert "3.0 points apart in the median, 3.0 at most" in told
 
 
 # ---- what is committed

@@ -30,10 +30,12 @@ from nanollava.metrics import METRICS
 from nanollava.sources import tool
 
 rows_of = tool("rows")
-SAME, OPPOSITE, OPEN = WORDS = ("same direction", "opposite", "not resolved")
+SAME, OPPOSITE, OPEN, WAITS = WORDS = (
+    "same direction", "opposite", "not resolved", "waits for seeds")  # fmt: skip
 HOLDS = ("above", "at_most", "within", "beyond")
 TESTED = {"above", "beyond"}  # against 0, with Holm's p; the others by their interval
-UNSCORED = {"loss", "train", "infer", "flops"}  # metrics that are no scores in 0..1
+UNSCORED = {  # metrics that are no scores in 0..1, and what their differences are told in
+    "loss": "nats", "train": "log of s", "infer": "log of s", "flops": "log of FLOPs"}  # fmt: skip
 LEAST = 3  # seeds of a verdict
 
 
@@ -57,9 +59,19 @@ class Claim:
         return f"{says} ({self.section})".replace("|", "/")
 
     @property
-    def unit(self) -> int:
-        """What its differences are told in: points, but for those that are no scores."""
-        return 1 if UNSCORED & {*self.metric} else 100
+    def title(self) -> str:
+        """Its name, and what was known when it was written, if anything was."""
+        return self.name + (f" (written {self.late})" if self.late else "")
+
+    @property
+    def unit(self) -> str:
+        """What its differences are told in."""
+        return UNSCORED.get(self.metric[0], "points")
+
+    @property
+    def factor(self) -> int:
+        """From a difference to its unit."""
+        return 1 if self.metric[0] in UNSCORED else 100
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,7 @@ def scores(task: dict) -> np.ndarray:
 
 def questions(lines: dict, claim: Claim, seeds: Sequence[int]) -> tuple[float, float]:
     """95% percentile bootstrap over questions of the contrast's mean over these seeds."""
-    if UNSCORED & {*claim.metric} or not seeds:
+    if UNSCORED.keys() & claim.metric or not seeds:
         return nan, nan
     rng, totals = np.random.default_rng(0), np.zeros(500)
     for seed in seeds:
@@ -167,7 +179,7 @@ def measure(claim: Claim, lines: Sequence[dict]) -> Verdict:
     ]
     pairs = [(s, x) for s, x in zip(seeds, each, strict=True) if np.isfinite(x)]
     seeds, each = [s for s, _ in pairs], [x for _, x in pairs]
-    return Verdict(claim, tuple(seeds), *interval(each), questions(known, claim, seeds), OPEN)
+    return Verdict(claim, tuple(seeds), *interval(each), questions(known, claim, seeds), WAITS)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -182,7 +194,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 def word(v: Verdict) -> str:
     """Same direction, opposite or not resolved; its p is adjusted for the number of claims.
 
-    No verdict on fewer than LEAST seeds. `above` holds where the difference is not 0 by chance and
+    Fewer than LEAST seeds wait. `above` holds where the difference is not 0 by chance and
     as large as matters, `beyond` does on either side. `at_most` and `within` hold where the whole
     interval is below the margin, or inside both: a difference that was not found is no evidence.
     """
@@ -194,7 +206,7 @@ def word(v: Verdict) -> str:
         "at_most": (v.high < margin, v.low > margin),
         "within": (inside, v.low > margin or v.high < -margin),
     }[v.claim.holds]
-    return OPEN if len(v.seeds) < LEAST else SAME if same else OPPOSITE if opposite else OPEN
+    return WAITS if len(v.seeds) < LEAST else SAME if same else OPPOSITE if opposite else OPEN
 
 
 def judge(measured: Sequence[Verdict]) -> list[Verdict]:
