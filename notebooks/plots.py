@@ -241,7 +241,8 @@ def bars(rows: Sequence[dict], against: str = "task", by: str = "setting") -> No
              for row in mine]  # fmt: skip
         score, low, high = (np.array([100 * row[key] for row in mine])
                             for key in ("score", "low", "high"))  # fmt: skip
-        axis.bar(x, score, 0.75 / len(names), color=OURS[i % 4], label=name)
+        hatch = "////" if i >= 4 else None  # four colours, then the same ones hatched
+        axis.bar(x, score, 0.75 / len(names), color=OURS[i % 4], hatch=hatch, label=name)
         axis.errorbar(
             x, score, [score - low, high - score], fmt="none", ecolor=INK, lw=1, capsize=2
         )
