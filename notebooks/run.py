@@ -61,8 +61,10 @@ def run(file: Path) -> NotebookNode:
     client = NotebookClient(
         notebook, timeout=500 if QUICK else 1800, resources={"metadata": {"path": file.parent}}
     )
-    client.widget_registry = {}  # sliders draw into the cell; nbclient's stand-in for their output
-    client.execute()  # answers the kernel while it waits for it, and may then wait for good (#312)
+    # nbclient's stand-in for a slider's output writes to the kernel while a reply is awaited, which
+    # can then go unseen (nbclient #312). Without it sliders draw into the cell.
+    client.widget_registry = {}
+    client.execute()
     clean(notebook)
     notebook.metadata["nanollava"] = {"seconds": round(time.time() - start), "quick": QUICK}
     return notebook

@@ -53,11 +53,15 @@ def scores(name: str, tasks: Sequence[str] = (), rows: Sequence[str] = ()) -> li
     ]  # fmt: skip
 
 
+def typical(measured: Sequence[dict], metric: str) -> float:
+    """Geometric mean over seeds of what `train` (CPU seconds) or `flops` has as logarithms."""
+    return float(np.exp(np.nanmean(values(measured, metric))))
+
+
 def work(name: str) -> list[dict]:
     """The last stage of each row: FLOPs as counted from its records, and CPU seconds."""
     return [{"row": row, "seeds": len(measured),
-             "flops": float(np.exp(np.mean(values(measured, "flops")))),
-             "seconds": float(np.exp(np.nanmean(values(measured, "train"))))}
+             "flops": typical(measured, "flops"), "seconds": typical(measured, "train")}
             for row, measured in lines(name).items()]  # fmt: skip
 
 
@@ -119,7 +123,7 @@ def frontier(
     for i, (grid, rows) in enumerate(grids.items()):
         score = [100 * np.mean(values(measured, metric)) for measured in rows]
         tokens = [np.mean([m[0]["tasks"][t]["tokens"] for t in metric]) for m in rows]
-        seconds = [np.exp(np.nanmean(values(measured, "train"))) for measured in rows]
+        seconds = [typical(measured, "train") for measured in rows]
         style = {"color": plots.OURS[i % 4], "marker": "os^Dv"[i], "label": f"nano, grid {grid}"}
         axes[0].plot(tokens, score, **style)
         axes[1].plot(seconds, score, **style)

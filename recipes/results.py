@@ -73,8 +73,7 @@ def seconds(found: Sequence[dict]) -> str:
 
 def asking(found: Sequence[dict]) -> str:
     """Mean CPU seconds of all tasks' questions."""
-    each = [sum(task["cpu_seconds"] for task in line["tasks"].values()) for line in found]
-    return f"{sum(each) / len(each):.0f}"
+    return f"{sum(map(verdicts.asking, found)) / len(found):.0f}"
 
 
 def table(file: Path) -> list[str]:
@@ -170,8 +169,9 @@ def trainings() -> str:
     apart = [100 * np.ptp([*each.values()]) for each in asked.values() if len(each) > 1]
     return (f"{len(cost)} last stages were trained in {sum(cost.values()) / 3600:.1f} CPU hours, of"
             f" {len({run for run, *_ in cost})} recipes and seeds. Where two tables trained the"
-            f" same, in two sessions, a task's scores lie {np.median(apart):.1f} points apart in"
-            f" the median, {max(apart):.1f} at most: float sums in another order.")  # fmt: skip
+            f" same, in two sessions and mostly at two commits, a task's scores lie"
+            f" {np.median(apart):.1f} points apart in the median,"
+            f" {max(apart):.1f} at most.")  # fmt: skip
 
 
 def page() -> str:

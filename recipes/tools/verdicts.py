@@ -66,12 +66,12 @@ class Claim:
     @property
     def unit(self) -> str:
         """What its differences are told in."""
-        return UNSCORED.get(self.metric[0], "points")
+        return next((UNSCORED[name] for name in self.metric if name in UNSCORED), "points")
 
     @property
     def factor(self) -> int:
         """From a difference to its unit."""
-        return 1 if self.metric[0] in UNSCORED else 100
+        return 100 if self.unit == "points" else 1
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,11 @@ def seconds(line: dict) -> float | None:
     return [*line["cpu_seconds"].values()][-1]
 
 
+def asking(line: dict) -> float:
+    """A measurement's CPU seconds of all tasks' questions."""
+    return sum(task["cpu_seconds"] for task in line["tasks"].values())
+
+
 def value(line: dict, metric: str) -> float:
     """A measurement's score in a task, its last tenth of losses, its log of seconds or FLOPs."""
     if metric == "loss":
@@ -125,7 +130,7 @@ def value(line: dict, metric: str) -> float:
     if metric == "train":
         return log(seconds(line)) if seconds(line) else nan
     if metric == "infer":
-        return log(sum(task["cpu_seconds"] for task in line["tasks"].values()))
+        return log(asking(line))
     return line["tasks"][metric]["score"]
 
 
@@ -149,7 +154,7 @@ def scores(task: dict) -> np.ndarray:
 
 def questions(lines: dict, claim: Claim, seeds: Sequence[int]) -> tuple[float, float]:
     """95% percentile bootstrap over questions of the contrast's mean over these seeds."""
-    if UNSCORED.keys() & claim.metric or not seeds:
+    if claim.unit != "points" or not seeds:
         return nan, nan
     rng, totals = np.random.default_rng(0), np.zeros(500)
     for seed in seeds:
