@@ -83,13 +83,16 @@ def table(name: str, tasks: Sequence[str] = ()) -> Styler:
     return pd.DataFrame(shown).style.hide(axis="index").set_caption(told)
 
 
-def claims(name: str) -> Styler:
-    """The blog's sentences about an ablation, what nano measured, and the verdicts."""
-    shown = []
-    for v in results.judged(ABLATIONS / f"{name}.yaml"):
-        shown.append({"claim": v.claim.title, "the blog": v.claim.source,
-                      "measured": results.difference(v, 2), "seeds": len(v.seeds),
-                      "verdict": v.word})  # fmt: skip
+def claims(*names: str, metrics: Sequence[str] = ()) -> Styler:
+    """The blog's sentences about ablations, what nano measured, and the verdicts; with `metrics`,
+    those alone that are about one of them.
+    """
+    shown = [
+        {"claim": v.claim.title, "the blog": v.claim.source, "measured": results.difference(v, 2),
+         "seeds": len(v.seeds), "verdict": v.word}
+        for name in names for v in results.judged(ABLATIONS / f"{name}.yaml")
+        if not metrics or {*v.claim.metric} & {*metrics}
+    ]  # fmt: skip
     left = {"text-align": "left"}
     return pd.DataFrame(shown).style.hide(axis="index").set_properties(**left)
 
