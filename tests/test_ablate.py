@@ -1,8 +1,10 @@
 """Ablations: rows become the right runs, share what they may, and say no more than they show."""
 
 import json
+import re
 import shutil
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -421,6 +423,19 @@ def test_two_trainings_of_one_recipe_and_seed_are_counted_and_compared(monkeypat
 
 def test_the_page_of_results_is_that_of_the_lines():
     assert (ROOT / "recipes/RESULTS.md").read_text() == results.page(), "python recipes/results.py"
+
+
+def test_the_readme_says_what_the_results_say():
+    text = (ROOT / "README.md").read_text()
+    found = {file.stem: results.judged(file) for file in results.files()}
+    counts = Counter(v.word for each in found.values() for v in each)
+    words = ", ".join(f"{w} {counts[w]}" for w in verdicts.WORDS if counts[w])
+    assert f"{sum(counts.values())} claims: {words}" in text
+    shown = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \| (.+) \|$", text, re.M)
+    assert len(shown) > 5
+    for file, name, told, word in shown:
+        v = next(v for v in found[file] if v.claim.name == name)
+        assert (told, word) == (results.difference(v), v.word), name
 
 
 def test_measured_lines_are_whole_and_of_reporting_seeds():
