@@ -121,8 +121,9 @@ direction.
 
 Scores in %, with half of the 95% t interval over seeds; in brackets what the blog prints for the
 benchmark that the task stands for. Tokens: visual tokens a question. CPU-s: of the last stage and
-of all questions, each on one thread of a machine with other work, which at times doubled them, so
-compare within a row of seeds, not between tables; in brackets the blog's time.
+of all questions, each on one thread of a machine with other work, which at times made them three to
+four times as many: claims about seconds compare rows of one seed, which ran in one session; do not
+compare seeds or tables. In brackets the blog's time.
 
 A claim is a sentence of the blog or what one of its tables prints, the rows that could show it and
 the smallest difference that matters, written into the ablation's file before its runs, or with what
