@@ -49,7 +49,7 @@ def blog(table: str, *columns: str, rows: Sequence[int] | None = None) -> Styler
     frame = frame.iloc[list(rows)] if rows is not None else frame
     frame = frame[list(columns)] if columns else frame
     title = f"{table}: {keys['title']} (Section {keys['section']})"
-    return frame.style.format(precision=1).hide(axis="index").set_caption(title)
+    return frame.style.format(precision=1, na_rep="-").hide(axis="index").set_caption(title)
 
 
 def picture(axis, image, title: str = "", edge: str = INK) -> None:
