@@ -171,6 +171,7 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # a training of this process may have set it
     nanollava.load(ROOT / "demo/nano", "cpu")
     monkeypatch.setenv("LOCAL_RANK", "3")
     nanollava.load(ROOT / "demo/nano", "cpu")
