@@ -179,8 +179,8 @@ def page() -> str:
     """All of it."""
     found = {file: judged(file) for file in files()}
     counts = Counter(v.word for each in found.values() for v in each)
-    words = ", ".join(f"{word} {counts[word]}" for word in verdicts.WORDS)
-    about = f"{trainings()} Claims: {words}."
+    words = ", ".join(f"{word} {counts[word]}" for word in verdicts.WORDS if counts[word])
+    about = f"{trainings()} {counts.total()} claims: {words}."
     sections = [line for file, each in found.items() for line in section(file, each)]
     return "\n".join([OPENING, about, *sections]) + "\n"
 
