@@ -192,8 +192,18 @@ def load(folder: str | Path, device: str = "cpu") -> VLM:
     model = VLM(recipe, weights="random")
     fill(model, state, folder)
     if device.startswith("cuda") and recipe.precision == "auto":
-        model.llm.bfloat16()  # once, where autocast would cast all of it for every token
+        to_bf16(model.llm)  # once, where autocast would cast all of it for every token
     return model.eval().to(device)
+
+
+def to_bf16(module: nn.Module) -> None:
+    """Cast the parameters to bf16, and leave the buffers as they are.
+
+    `module.bfloat16()` would round the rotary table `inv_freq` too: at 3,600 positions some phases
+    of Qwen1.5-0.5B would then be off by up to 3.4 rad.
+    """
+    for p in module.parameters():
+        p.data = p.data.bfloat16()
 
 
 def load_tensors(file: str | Path) -> dict[str, Tensor]:

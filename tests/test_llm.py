@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, modeling_utils
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, modeling_utils
 
 from nanollava.encoder import ENCODERS
 from nanollava.llm import LLMS, config_of, load_llm, load_tokenizer
-from nanollava.model import VLM
+from nanollava.model import VLM, to_bf16
 from nanollava.prompts import Turn, encode
 from nanollava.recipe import Recipe
 
@@ -109,3 +109,27 @@ def test_without_a_network_it_is_said_what_to_copy_where(encoder, monkeypatch, t
     told = "Qwen1.5-0.5B-Chat.*as llm" if row.stem else f"{row.published}.*as encoder_weights"
     with pytest.raises(FileNotFoundError, match=f"{told}, or set HF_HOME"):
         VLM(Recipe(encoder=encoder, encoder_weights=kept))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config])
+def test_rotary_tables_stay_float32_when_weights_are_cast(tmp_path, kind):
+    """As on a GPU. Rounded tables are wrong only at long range: 8,000 positions are looked at."""
+    config = kind(
+        vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=32768,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    cast, whole = load_llm(str(tmp_path), "random"), load_llm(str(tmp_path), "random")
+    to_bf16(cast)
+    assert all(p.dtype == torch.bfloat16 for p in cast.parameters())
+    buffers = dict(whole.named_buffers())
+    assert any("inv_freq" in name for name in buffers)
+    for name, buffer in cast.named_buffers():
+        assert buffer.dtype == torch.float32 and torch.equal(buffer, buffers[name]), name
+    places = torch.tensor([[0, 1, 4000, 8000]])
+    x = torch.zeros(1, 4, 128)
+    for mine, expected in zip(
+        cast.model.rotary_emb(x, places), whole.model.rotary_emb(x, places), strict=True
+    ):
+        assert torch.equal(mine, expected)
