@@ -118,7 +118,7 @@ class Assistant:
     def _next(self, embeds: Tensor, positions: Tensor, lengths: list[int], cache: Cache) -> Tensor:
         """One pass over a row; the likeliest next id of every document with positions in it."""
         with self.model.autocast():
-            hidden = self.model.read(embeds, positions, lengths, cache=cache)
+            hidden = self.model.read(embeds, positions, lengths, packed_cache=cache)
             ends = torch.tensor([n for n in lengths if n], device=hidden.device).cumsum(0) - 1
             ids = self.model.llm.lm_head(hidden[ends]).argmax(-1)
         cache.advance(lengths)

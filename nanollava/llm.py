@@ -99,25 +99,26 @@ def packed_flash(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], 
 
 
 def packed_attention(
-    module: nn.Module, query, key, value, attention_mask, scaling=None, documents=None, cache=None,
-    watch=None, **_,
+    module: nn.Module, query, key, value, attention_mask, scaling=None, documents=None,
+    packed_cache=None, packed_watch=None, **_,
 ):  # fmt: skip
     """query (1, H, S, d), key and value (1, H_kv, S, d) -> (1, S, H, d), None.
 
-    `documents`: the lengths of the packed documents, which add up to S; `cache`: theirs, if any;
-    `watch`: a list that is to get each layer's query and key.
+    `documents`: the lengths of the packed documents, which add up to S; `packed_cache`: their
+    `Cache`, if any; `packed_watch`: a list that is to get each layer's query and key. transformers
+    hands over keywords of its own beside these (5.24: its own `cache`), so ours have a prefix.
     """
-    if watch is not None:
-        watch.append((query, key))
+    if packed_watch is not None:
+        packed_watch.append((query, key))
     groups = query.shape[1] // key.shape[1]
     lengths = documents or [query.shape[2]]
-    if query.is_cuda and cache is None and value.dtype.itemsize == 2 and flash_varlen():
+    if query.is_cuda and packed_cache is None and value.dtype.itemsize == 2 and flash_varlen():
         return packed_flash(query, key, value, lengths, scaling), None
     dtype = query.dtype
     if not query.is_cuda:  # the CPU's float32 kernel is faster than its bf16 one: 5x at 45 tokens
         query, key, value = query.float(), key.float(), value.float()
-    if cache is not None:
-        pairs = cache.extend(module.layer_idx, key[0], value[0], lengths)
+    if packed_cache is not None:
+        pairs = packed_cache.extend(module.layer_idx, key[0], value[0], lengths)
     else:
         pairs = list(zip(key[0].split(lengths, 1), value[0].split(lengths, 1), strict=True))
     with torch.autocast("cpu", enabled=False):  # it would make them bf16 again

@@ -133,3 +133,17 @@ def test_rotary_tables_stay_float32_when_weights_are_cast(tmp_path, kind):
         cast.model.rotary_emb(x, places), whole.model.rotary_emb(x, places), strict=True
     ):
         assert torch.equal(mine, expected)
+
+
+@pytest.mark.parity
+def test_a_cache_of_transformers_does_not_reach_our_attention(tiny_model):
+    """transformers 5.24 hands every attention a `cache` of its own."""
+    model = tiny_model.llm.model
+    keys = {
+        "inputs_embeds": torch.randn(1, 5, model.config.hidden_size),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "documents": [3, 2], "use_cache": False,
+    }  # fmt: skip
+    with torch.no_grad():
+        alone = model(**keys).last_hidden_state
+        beside = model(**keys, cache=object(), watch=object()).last_hidden_state
+    assert torch.equal(alone, beside)

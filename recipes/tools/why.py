@@ -37,7 +37,7 @@ def attention(model: Any, document: Document, written: list[int]) -> Tensor:
     row = pack([replace(document, ids=ids, labels=ids)], model.row.tile).to(model.newline.device)
     layers: list[tuple[Tensor, Tensor]] = []
     with model.autocast():
-        model.read(model.embed(row), row.positions, list(row.lengths), watch=layers)
+        model.read(model.embed(row), row.positions, list(row.lengths), packed_watch=layers)
     total = torch.zeros(len(ids))
     for query, key in layers:  # (1, H, S, d), (1, H_kv, S, d)
         key = key[0].repeat_interleave(query.shape[1] // key.shape[1], 0).float()
