@@ -12,7 +12,7 @@ Sizes are (width, height) here, and (H, W) only inside tensors.
 import io
 import re
 import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import isqrt, sqrt
 from pathlib import Path
@@ -62,7 +62,11 @@ class Layout:
     crop: tuple[int, int, int, int]  # top, bottom, left, right: kept part of the tiles' raster
     raster: tuple[int, int]  # rows, columns of the tiles' tokens as the LLM gets them
     newlines: int  # one per raster row, or none
-    visual: Visual = field(default=Visual(), compare=False)  # the settings that it follows
+    # How its features become tokens. Part of the layout, so that two images with equal layouts and
+    # views have equal keys and values: generation reuses them on that ground.
+    pooling: str = Visual.pooling
+    pool_after_projector: bool = Visual.pool_after_projector
+    arrange: str = Visual.arrange
 
     @property
     def views(self) -> int:
@@ -155,7 +159,10 @@ def layout(size: tuple[int, int], visual: Visual, tile: int, side: int) -> Layou
             f"each of the {a * b + 1} views of grid {a}x{b}: raise it or lower max_grid"
         )
     fitted = fit((W, H), (a * tile, b * tile)) if a else (0, 0)
-    lay = Layout(size, tile, grid, fitted, t, (0, b * t, 0, a * t), (b * t, a * t), 0, visual)
+    lay = Layout(
+        size, tile, grid, fitted, t, (0, b * t, 0, a * t), (b * t, a * t), 0, visual.pooling,
+        visual.pool_after_projector, visual.arrange,
+    )  # fmt: skip
     if visual.budget == "mosaic" and a:
         lay = _mosaic(lay, tau - side * side)
     return lay if visual.arrange == "flat" else replace(lay, newlines=lay.raster[0])

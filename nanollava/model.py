@@ -71,12 +71,12 @@ class VLM(nn.Module):
 
     def see(self, views: Tensor, layouts: tuple[Layout, ...]) -> Tensor:
         """uint8[N, 3, R, R], the views of all images -> visual tokens and newlines (V, D)."""
-        after = layouts[0].visual.pool_after_projector
+        after = layouts[0].pool_after_projector
         x = self.encoder(views)  # (N, T, C)
         if after:
             x = self.projector(x)  # (N, T, D)
         images = x.split([lay.views for lay in layouts])
-        images = [pool(f, lay, lay.visual.pooling, lay.visual.arrange == "flat")
+        images = [pool(f, lay, lay.pooling, lay.arrange == "flat")
                   for f, lay in zip(images, layouts, strict=True)]  # fmt: skip
         if not after:
             lengths = [len(x) for x in images]

@@ -146,7 +146,7 @@ def test_settings_change_what_is_computed(trained):
         twin = VLM(recipe)
         twin.load_state_dict(model.state_dict())
         assert torch.equal(seen, twin.see(row.views, row.layouts))
-        plain = replace(row.layouts[0], visual=Visual())
+        plain = replace(row.layouts[0], pooling="bilinear", pool_after_projector=True)
         other = model.see(row.views, (plain,)) if "arrange" not in keys else None
         assert other is None or not torch.allclose(seen, other)
 

@@ -6,7 +6,7 @@ Runs in both environments. Float32 on the CPU. `pytest -m parity -s` prints the 
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +18,14 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from nanollava import generate
-from nanollava.anyres import layout
+from nanollava.anyres import Visual, layout
 from nanollava.cost import forward_flops, rates, step_flops
 from nanollava.encoder import build
 from nanollava.generate import Assistant
 from nanollava.llm import load_tokenizer
 from nanollava.model import TRAIN, VLM
 from nanollava.prompts import Turn, encode
+from nanollava.recipe import with_visual
 from nanollava.sequence import Document, pack
 from nanollava.sources import tool
 
@@ -268,6 +269,35 @@ def test_reused_keys_and_values_change_no_logit(speakers):
     warm, cold = (logits(model, partial(ask, x)) for x in (assistant, Assistant(model)))
     assert assistant.seen.reused > 100
     assert (warm - cold).abs().max() <= 1e-5 * cold.abs().max()
+
+
+OTHER = {  # every visual key away from what the tests' model has
+    "max_grid": "2x2", "lift": 5, "max_visual_tokens": "5T", "budget": "per_view",
+    "pooling": "average", "pool_stride": 2, "pool_after_projector": False, "arrange": "flat",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [f.name for f in fields(Visual)])
+def test_a_visual_key_that_changes_between_two_questions_is_followed(speakers, key):
+    """What the first question left is used again only where the second would compute the same."""
+    model, _ = speakers
+    image, base = noise((224, 140), 1), replace(model.recipe.visual, budget="per_view")
+    start = {"budget": "per_view", "max_visual_tokens": "6T"} if key != "budget" else {}
+    assert OTHER[key] != start.get(key, getattr(base if start else model.recipe.visual, key))
+    ask = partial(Assistant.chat, images=image, text="what is it?", max_new_tokens=4)
+    assistant = Assistant(model)
+    ask(assistant, **start)
+    changed = start | {key: OTHER[key]}
+    warm, cold = (logits(model, partial(ask, x, **changed)) for x in (assistant, Assistant(model)))
+    assert (warm - cold).abs().max() <= 1e-5 * cold.abs().max()
+    together = [
+        model.writer(with_visual(model.recipe, keys).visual)(talk(text), [image], answer=True)
+        for keys in (start, changed)
+        for text in ("what is it?", "what is the tax?")
+    ]
+    assert Assistant(model).answer(together, 4) == [
+        Assistant(model).answer([document], 4)[0] for document in together
+    ]
 
 
 @torch.no_grad()
