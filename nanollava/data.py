@@ -12,6 +12,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import chdir, contextmanager, nullcontext
@@ -35,6 +36,8 @@ from nanollava.sources import KINDS, files_here, images_of, records, tool
 COLUMNS = {"id": "str", "image": "bytes", "sizes": "json", "conversations": "json", "source": "str"}
 # Of any number of processes, the same samples in each step.
 ORDER: dict = {"shuffle": True, "num_canonical_nodes": 1}
+# Of a terminal, a scheduler and a closed connection. They often go to the whole process group.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CHUNK = 16_384  # records of a source that are written at once: the most that a stop can cost
 
 
@@ -199,6 +202,14 @@ class Loader(StreamingDataLoader):
         return len(batch)
 
 
+def leave_stopping_to_the_trainer(worker: int) -> None:
+    """Ignore stop signals in a worker of the loader: the trainer still needs it for the step that
+    it is in, after which it writes a checkpoint and ends the worker.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def alone_on_this_machine() -> Iterator[None]:
     """One run at a time: streaming gives the next free name to its shared memory, and two runs
@@ -226,4 +237,5 @@ def make_loader(recipe: Recipe, stage: Stage, writer: Writer, processes: int) ->
     return Loader(
         dataset, batch_size=batch, num_workers=recipe.workers, collate_fn=list, drop_last=True,
         persistent_workers=False, prefetch_factor=4 if recipe.workers else None,
+        worker_init_fn=leave_stopping_to_the_trainer,
     )  # fmt: skip

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from nanollava import runs
 from nanollava.cost import forward_flops, rates, step_flops
-from nanollava.data import make_loader, prepare
+from nanollava.data import STOP_SIGNALS, make_loader, prepare
 from nanollava.files import room_in
 from nanollava.model import TRAIN, VLM, gather, load_weights, save
 from nanollava.recipe import Recipe, Stage
@@ -85,16 +85,34 @@ def split_batch(documents: list[Document], budget: int, tile: int) -> list[Pack]
 
 
 class Report(Callback):
-    """Progress bar, losses.csv, clipping; stops at SIGTERM or at a loss that is no number."""
+    """Progress bar, losses.csv, clipping; stops at a stop signal or at a loss that is no number."""
 
     def __init__(self, run: Path, name: str, interval: int, course: Any, excess=1.0):
         self.run, self.name, self.interval, self.course = run, name, interval, course
         self.excess = excess  # how many times too large the gradients arrive
-        self.asked = self.stop = False  # by SIGTERM here; agreed by all processes
-        self.bar, self.before = None, signal.getsignal(signal.SIGTERM)
+        self.asked = 0  # the signal that asked this process to stop
+        self.stop = False  # whether any process was asked to: all of them agree after each step
+        self.bar = None
+        self.before = {n: signal.getsignal(n) for n in STOP_SIGNALS}
+
+    @property
+    def code(self) -> int:
+        """The exit code of a run that was asked to stop, as a shell would report the signal."""
+        return 128 + (self.asked or signal.SIGTERM)
+
+    def ask(self, number: int, frame: object) -> None:
+        """Note a stop signal; a second Ctrl-C does not wait for the checkpoint."""
+        if number == self.asked == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = number
+        if dist.get_global_rank() == 0:
+            told = "\nstopping after this step, with a checkpoint (Ctrl-C again: at once)\n"
+            os.write(2, told.encode())  # print is not safe in a signal handler
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+        for number, before in self.before.items():
+            if before != signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(number, self.ask)
         self.start, self.tokens = time.perf_counter(), int(state.timestamp.token)
         if dist.get_global_rank() == 0:
             done, total = int(state.timestamp.batch), int(state.max_duration.value)
@@ -111,7 +129,7 @@ class Report(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         student = getattr(state.model, "module", state.model)  # DDP wraps it, FSDP does not
-        stop = torch.tensor([[float(self.asked), 0]], dtype=torch.float64)
+        stop = torch.tensor([[float(self.asked > 0), 0]], dtype=torch.float64)
         # Sums travel, not means: a process may hold none of a source, or very little.
         table = torch.cat([student.table, student.table.sum(0, keepdim=True), stop])
         *rows, (stop, _) = over_processes(table, "SUM").tolist()
@@ -149,16 +167,19 @@ class Report(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         if self.stop:
-            raise SystemExit(143)  # the checkpoint of the last step has been written
+            raise SystemExit(self.code)  # the checkpoint of the last step has been written
 
     def close(self, state: State, logger: Logger) -> None:
-        signal.signal(signal.SIGTERM, self.before)
+        for number, before in self.before.items():
+            signal.signal(number, before)
         if self.bar is not None:
             self.bar.close()
 
 
-def run_stage(recipe: Recipe, name: str, model: VLM) -> bool:
-    """Train one stage, from its last checkpoint on; returns whether it was asked to stop then."""
+def run_stage(recipe: Recipe, name: str, model: VLM) -> int:
+    """Train one stage, from its last checkpoint on; returns the exit code if it was asked to stop
+    in its last step, else 0.
+    """
     stage = recipe.stages[name]
     writer = model.writer(recipe.visual_of(stage), stage.template)
     loader = make_loader(recipe, stage, writer, dist.get_world_size())
@@ -173,7 +194,8 @@ def run_stage(recipe: Recipe, name: str, model: VLM) -> bool:
     # Both would hold this stage's model and Adam's moments until the process ends.
     atexit.unregister(trainer.engine._close)
     getattr(state_dict._get_fqns, "cache_clear", int)()
-    return next(c.stop for c in trainer.state.callbacks if isinstance(c, Report))
+    report = next(c for c in trainer.state.callbacks if isinstance(c, Report))
+    return report.code if report.stop else 0
 
 
 def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> Trainer:
@@ -262,7 +284,7 @@ def train(recipe: Recipe) -> Path:
                     save(model, run / name, state)
                 dist.barrier()
             if stop:
-                raise SystemExit(143)
+                raise SystemExit(stop)
         last = run / name
     if first:
         runs.finish(run, last)

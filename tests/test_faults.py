@@ -9,6 +9,9 @@ import shutil
 import signal
 import time
 from collections import namedtuple
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import composer.utils.checkpoint
 import psutil
@@ -21,7 +24,7 @@ from nanollava import files, runs
 from nanollava import model as parts
 from nanollava.data import shard_folder
 from nanollava.recipe import read_recipe
-from nanollava.train import Student, train
+from nanollava.train import Report, Student, train
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +196,35 @@ def test_other_processes_go_on_in_the_same_order(whole, tmp_path):
     assert f"{run} goes on in the same order, now with 2 processes" in told
     one, two = losses(unharmed), losses(run)
     assert one.keys() == two.keys() and max(abs(one[k] - two[k]) for k in one) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("number", "flags"),
+    [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGHUP, ()), (signal.SIGINT, ("-n", "2"))],
+)
+def test_a_stop_signal_to_the_whole_process_group(whole, tmp_path, number, flags):
+    """As Ctrl-C, a scheduler or a closed connection sends it: the data workers hear it, too."""
+    run, rare = tmp_path / "run", "stages.stage2.save_interval=1000"
+    process = start(whole[0], f"run={run}", rare, flags=flags)
+    told = stop_at(process, run, ("stage2", 8), number)
+    assert "stopping after this step" in told, told
+    if not flags:  # Composer's launcher has a code and a traceback of its own
+        assert process.returncode == 128 + number
+        # SIGHUP ends Python's own tracker of shared memory, which is not quiet about it.
+        assert number == signal.SIGHUP or "Traceback" not in told, told
+    last = max(step for stage, step in losses(run) if stage == "stage2")
+    assert 8 <= last < 20 and (run / f"checkpoints/stage2-ba{last}-rank0.pt").exists()
+    if not flags:  # two processes add up in another order
+        again(whole, run)
+
+
+def test_who_asked_not_to_be_hung_up_on_is_not(monkeypatch):
+    """`nohup` leaves SIGHUP ignored: it stays so."""
+    report = Report(Path(), "stage1", 1, None)
+    report.before[signal.SIGHUP] = signal.SIG_IGN
+    asked = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: asked.append(number))
+    timestamp = SimpleNamespace(token=0, batch=0)
+    with suppress(AttributeError):  # what it does next needs a trainer
+        report.fit_start(SimpleNamespace(timestamp=timestamp), None)
+    assert signal.SIGINT in asked and signal.SIGHUP not in asked
