@@ -16,14 +16,16 @@ import signal
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import chdir, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from filelock import FileLock
 from streaming import LocalDataset, MDSWriter, Stream, StreamingDataLoader, StreamingDataset
 from streaming.base.util import merge_index
+from torch import Tensor
 from tqdm import tqdm
 
 from nanollava.anyres import open_image
@@ -195,11 +197,58 @@ class Documents(StreamingDataset):
         return self.writer(turns, images, row["id"], row["source"])
 
 
-class Loader(StreamingDataLoader):
-    """Batches are lists of documents; streaming counts what was seen by their length."""
+@dataclass(frozen=True)
+class Bundle:
+    """A batch on its way from a worker: the documents' tensors end to end.
 
-    def _get_batch_size(self, batch: list[Document]) -> int:
+    Each tensor that travels between processes needs a file descriptor. With three for each of 256
+    documents a batch would be over the usual limit of 1,024; a bundle has three in all.
+    """
+
+    documents: list[Document]  # their tensors are empty meanwhile
+    positions: list[int]  # of each document
+    counts: list[int]  # views of each document
+    ids: Tensor
+    labels: Tensor
+    views: Tensor
+
+    @classmethod
+    def of(cls, documents: list[Document]) -> "Bundle":
+        """Documents -> a bundle; what workers do with a batch."""
+        nothing = torch.zeros(0)
+        return cls(
+            [replace(d, ids=nothing, labels=nothing, views=nothing) for d in documents],
+            [len(d.ids) for d in documents],
+            [len(d.views) for d in documents],
+            torch.cat([d.ids for d in documents]),
+            torch.cat([d.labels for d in documents]),
+            torch.cat([d.views for d in documents]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def open(self) -> list[Document]:
+        """The documents again."""
+        parts = zip(
+            self.documents,
+            self.ids.split(self.positions),
+            self.labels.split(self.positions),
+            self.views.split(self.counts),
+            strict=True,
+        )
+        return [replace(d, ids=i, labels=lab, views=v) for d, i, lab, v in parts]
+
+
+class Loader(StreamingDataLoader):
+    """Yields lists of documents; streaming counts what was seen by their length."""
+
+    def _get_batch_size(self, batch: Bundle) -> int:
         return len(batch)
+
+    def __iter__(self) -> Iterator[list[Document]]:
+        for bundle in super().__iter__():
+            yield bundle.open()
 
 
 def leave_stopping_to_the_trainer(worker: int) -> None:
@@ -235,7 +284,7 @@ def make_loader(recipe: Recipe, stage: Stage, writer: Writer, processes: int) ->
             writer, streams=streams, **ORDER, shuffle_seed=recipe.seed, batch_size=batch,
         )  # fmt: skip
     return Loader(
-        dataset, batch_size=batch, num_workers=recipe.workers, collate_fn=list, drop_last=True,
+        dataset, batch_size=batch, num_workers=recipe.workers, collate_fn=Bundle.of, drop_last=True,
         persistent_workers=False, prefetch_factor=4 if recipe.workers else None,
         worker_init_fn=leave_stopping_to_the_trainer,
     )  # fmt: skip

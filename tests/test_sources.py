@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -833,6 +834,28 @@ def test_documents_come_out_of_the_loader(mixed, tokenizer):
     assert not documents["text"].layouts and documents["text"].source == "mix"
     with pytest.raises(ValueError, match="batch_size 3 does not divide among 2 processes"):
         make_loader(recipe, stage, writer, 2)
+
+
+def read_with_few_descriptors(limit, recipe, stage, writer):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    batches = [batch for _ in range(2) for batch in make_loader(recipe, stage, writer, 1)]
+    assert [len(batch) for batch in batches] == [256, 256]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_batch_of_256_documents_needs_few_file_descriptors(mixed, tokenizer, workers):
+    """Each tensor that a worker sends takes one; the usual limit is 1,024 for all of a process."""
+    recipe, *_ = mixed
+    prepare_source(recipe, "mix")
+    recipe = replace(recipe, workers=workers)
+    stage = Stage(sources={"mix": 100}, batch_size=256)
+    writer = Writer(tokenizer, recipe.visual, 48, 6, "qwen_1_5")
+    job = multiprocessing.get_context("spawn").Process(
+        target=read_with_few_descriptors, args=(128, recipe, stage, writer)
+    )
+    job.start()
+    job.join(200)
+    assert job.exitcode == 0
 
 
 def test_runs_take_turns_to_name_their_shared_memory(mixed, tokenizer, monkeypatch):
