@@ -29,9 +29,10 @@ from PIL import Image
 from views import Exchange, picture, sees, speed, talk
 
 from nanollava.anyres import Layout, open_image, parse_budget, parse_grids
+from nanollava.extras.video import open_video
 from nanollava.generate import Assistant, load
 from nanollava.recipe import with_visual
-from nanollava.sources import import_file, tool
+from nanollava.sources import import_file
 
 ROOT = Path(__file__).parents[1]
 PIXELS, MEGABYTES, IMAGES, FRAMES = 40_000_000, 20, 8, 4
@@ -125,9 +126,7 @@ def open_file(file: str) -> list[Image.Image]:
         if path.stat().st_size > MEGABYTES * 1_000_000:
             raise ValueError(f"{path.stat().st_size:,} bytes; the limit is {MEGABYTES} MB")
         data, video = path.read_bytes(), path.suffix.lower() in VIDEOS
-        images = (
-            tool("video").open_video(data, FRAMES, PIXELS) if video else [open_image(data, PIXELS)]
-        )
+        images = open_video(data, FRAMES, PIXELS) if video else [open_image(data, PIXELS)]
     except OSError as error:
         raise ValueError(f"{path.name}: it is gone; add it again") from error
     except ValueError as error:
@@ -163,7 +162,7 @@ def layouts(visit: Visit, name: str, *setting) -> tuple[Layout, ...]:
 def shown(visit: Visit, name: str, *setting) -> str:
     """What the model would see of the visitor's images now; an impossible setting says why."""
     try:
-        return sees(visit.images, layouts(visit, name, *setting), MODELS[name].model.row.side ** 2)
+        return sees(visit.images, layouts(visit, name, *setting), MODELS[name].model.spec.side ** 2)
     except ValueError as error:
         return talk([], error=str(error))
 

@@ -6,7 +6,7 @@ python demo/ship.py runs/nano demo/nano
 import sys
 from dataclasses import replace
 
-from nanollava.model import load, save
+from nanollava.checkpoint import load, save
 
 
 def ship(run: str, out: str) -> None:

@@ -11,8 +11,8 @@ from html import escape
 
 from PIL import Image, ImageDraw
 
-from nanollava.anyres import Layout, cut_views
-from nanollava.generate import Seen, describe
+from nanollava.anyres import Layout, cut_views, describe
+from nanollava.generate import Seen
 
 LARGEST = 360  # pixels of a picture's longer side
 GRID = (209, 73, 91)

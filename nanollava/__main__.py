@@ -1,87 +1,109 @@
-"""The command line: `python -m nanollava COMMAND --help`."""
+"""The command line: `nanollava COMMAND --help`, or `python -m nanollava COMMAND --help`.
+
+Each command imports what it needs when it runs, so that --help answers at once.
+"""
 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from nanollava.recipe import Recipe, read_recipe
-from nanollava.sources import function_of, tool
-
-# What typer raises for a wrong command line, of click or of its own copy of it.
-USAGE = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-BESIDE = ("plan", "export", "ablate", "recaption")  # commands that are files of recipes/tools
-RecipeFile = Annotated[str, typer.Argument(help="A recipe, e.g. recipes/nano.yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
-Run = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/nano, or a LlavaOnevision's")]
+# What typer raises for a wrong command line: a class of click's, or of typer's own copy of click.
+USAGE_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+RecipeFile = Annotated[str, Argument(help="A recipe, e.g. recipes/nano.yaml")]
+Overrides = Annotated[list[str] | None, Argument(help="key=value ...")]
+Run = Annotated[Path, Argument(help="A run folder, e.g. runs/nano, or a LlavaOnevision folder")]
 
 
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train all stages of a recipe, then evaluate. `composer RECIPE` does the same."""
+    from nanollava.recipe import read_recipe
+    from nanollava.sources import function_of
+
     keys = read_recipe(recipe, overrides)
     if keys.program:
         function_of(keys.program)(keys)
         return
-    from nanollava.train import train as run_stages
+    from nanollava.train import train as train_stages
 
-    run = Path(os.path.relpath(run_stages(keys)))  # short where it is printed
+    run = Path(os.path.relpath(train_stages(keys)))  # short where it is printed
     if any(keys.tasks.values()):
         score(run, [], 0, keys)
 
 
 @app.command()
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Write the shards of a recipe's sources; training does it too."""
-    from nanollava.data import prepare as write
+    """Download a recipe's sources and write their shards; training does this too."""
+    from nanollava.data import prepare as write_shards
+    from nanollava.recipe import read_recipe
 
-    write(read_recipe(recipe, overrides))
+    write_shards(read_recipe(recipe, overrides))
 
 
 @app.command()
 def evaluate(
-    run: Run, tasks: str = "", limit: Annotated[int, typer.Option(min=0)] = 0, beside: str = "T4:0"
+    run: Run,
+    tasks: Annotated[str, Option(help="names separated by commas; `blog`: all benchmarks")] = "",
+    limit: Annotated[int, Option(min=0, help="only the first questions of each task")] = 0,
+    beside: Annotated[str, Option(help="the row of the blog to show beside benchmarks")] = "T4:0",
 ) -> None:
-    """Score a run on its recipe's tasks, at each of its settings; on some of them (--tasks a,b), or
-    on lmms-eval's benchmarks, `blog` for all of the blog's, beside a row of its tables.
-    """
+    """Score a run on its recipe's tasks at each of its settings, or on lmms-eval's benchmarks."""
+    from nanollava.recipe import read_recipe
+
     names = [name for name in tasks.split(",") if name]
     own = read_recipe(run / "recipe.yaml").tasks if (run / "recipe.yaml").is_file() else {}
-    if names and not any(name.startswith("nano-") or name in own for name in names):
-        tool("benchmarks").main(run, names, limit, beside)
-    else:
+    if not names or any(name.startswith("nano-") or name in own for name in names):
         score(run, names, limit)
+        return
+    try:
+        from nanollava.benchmarks.lmms import run_benchmarks
+    except ImportError as error:
+        raise ValueError(
+            f"{error}. Benchmarks need lmms-eval: pip install lmms-eval==0.7.3 levenshtein"
+        ) from error
+    run_benchmarks(run, names, limit, beside)
 
 
-def score(run: Path, tasks: list[str], limit: int, keys: Recipe | None = None) -> None:
-    """Evaluate; the first process prints the table and, after training, what to type next."""
+def score(run: Path, tasks: list[str], limit: int, trained: Any = None) -> None:
+    """Evaluate a run. The first process prints the table and, after training, the next command.
+
+    `trained`: the recipe of the training that has just ended. Its tasks may have been changed
+    since the run folder was written.
+    """
     from dataclasses import replace
 
     from nanollava import evaluate as evaluation
+    from nanollava.extras.summary import save_sample, show_scores
     from nanollava.generate import load
 
     rank, _ = evaluation.ranks()
     assistant = load(run)
-    if keys is not None:  # tasks may have been changed since the run was trained
-        recipe = replace(assistant.model.recipe, tasks=keys.tasks, settings=keys.settings)
+    if trained is not None:
+        recipe = replace(assistant.model.recipe, tasks=trained.tasks, settings=trained.settings)
         assistant.model.recipe = recipe
-    rows = evaluation.evaluate(assistant, run, tasks, limit)
+    results = evaluation.evaluate(assistant, run, tasks, limit)
     if rank == 0:
-        tool("scores").show(rows)
-        if keys is not None:
-            typer.echo(f"\nNext: {tool('sample').save_sample(assistant, run)}")
+        show_scores(results)
+        if trained is not None:
+            typer.echo(f"\nNext: {save_sample(assistant, run)}")
 
 
 @app.command()
 def chat(
-    run: Run, image: Path, question: str, max_grid: str | None = None,
-    max_visual_tokens: str | None = None, max_new_tokens: int = 128,
-    why: Annotated[bool, typer.Option("--why", help="draw where the answer looked")] = False,
-) -> None:  # fmt: skip
-    """Ask one question about an image, and tell what the model saw."""
+    run: Run,
+    image: Path,
+    question: str,
+    max_grid: str | None = None,
+    max_visual_tokens: str | None = None,
+    max_new_tokens: int = 128,
+    why: Annotated[bool, Option("--why", help="draw where the answer looked")] = False,
+) -> None:
+    """Ask one question about an image, and print what the model saw."""
     from nanollava.generate import load
 
     assistant = load(run)
@@ -94,15 +116,66 @@ def chat(
         typer.echo(f"where it looked, base view and tiles: {run / 'why.png'}")
 
 
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    device: Annotated[str, Option(help="h200, h100, a100, 4090 or cpu")] = "h200",
+    devices: Annotated[int, Option(min=1, help="how many of them")] = 1,
+    share: Annotated[float, Option(help="of the device's peak that is expected")] = 0.4,
+    as_json: Annotated[bool, Option("--json")] = False,
+) -> None:
+    """Estimate a run's tokens, FLOPs, memory and hours before it starts."""
+    from nanollava.extras.plan import print_plan
+    from nanollava.recipe import read_recipe
+
+    print_plan(read_recipe(recipe, overrides), device, devices, share, as_json)
+
+
+@app.command()
+def export(run: Path, out: Path) -> None:
+    """Write a run as a LlavaOnevision folder for plain transformers, if both give equal logits."""
+    from nanollava.hf.export import export as write_folder
+
+    write_folder(run, out)
+
+
+@app.command()
+def ablate(
+    file: Annotated[Path, Argument(help="Rows, e.g. recipes/ablations/grids.yaml")],
+    seeds: Annotated[int, Option(min=1, help="how many")] = 5,
+    first: Annotated[int, Option(min=0, help="the first seed; from 100 on for tuning")] = 0,
+    only: Annotated[list[str] | None, Option("--only", help="rows; all if none is given")] = None,
+    workers: Annotated[int, Option(min=0, help="runs side by side")] = os.cpu_count() or 1,
+    full: Annotated[bool, Option("--full", help="on the real base, one run at a time")] = False,
+) -> None:
+    """Train and score the rows of an ablation; resumes if interrupted."""
+    from nanollava.ablations.ablate import ablate as run_rows
+
+    run_rows(file, seeds, first, only or [], workers, full)
+
+
+@app.command()
+def recaption(
+    source: Annotated[str, Argument(help="KIND:WHERE, FILE.py:NAME or a name of sources.yaml")],
+    model: Annotated[Path, Option(help="a run or a LlavaOnevision folder")],
+    out: Annotated[Path, Option(help="where the captions go")],
+    prompt: str = "Please generate detailed descriptions of the given image.",
+    max_new_tokens: Annotated[int, Option(min=1)] = 512,
+    samples: Annotated[int, Option(min=0, help="only the first records; 0: all")] = 0,
+    seed: int = 0,
+) -> None:
+    """Describe a source's images with a model; resumes if interrupted."""
+    from nanollava.extras.recaption import recaption as describe_source
+
+    describe_source(source, model, out, prompt, max_new_tokens, samples, seed)
+
+
 def run(arguments: list[str] | None = None) -> None:
-    """Run a command; what a user can mend is one line, NANOLLAVA_TRACE=1 shows where it arose."""
-    asked = (arguments or sys.argv[1:] or [""])[0]
-    if asked not in [command.callback.__name__ for command in app.registered_commands]:
-        for name in [asked] if asked in BESIDE else BESIDE:  # all of them for --help
-            app.command(name)(tool(name).main)
+    """Run a command. What a user can fix is one line; NANOLLAVA_TRACE=1 shows where it arose."""
     try:
         app(arguments, prog_name="nanollava", standalone_mode=False)
-    except USAGE as error:
+    except USAGE_ERROR as error:
         error.show()
         sys.exit(2)
     except (ValueError, OSError) as error:

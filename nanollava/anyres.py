@@ -192,6 +192,28 @@ def _mosaic(lay: Layout, rest: int) -> Layout:
     return replace(lay, crop=(top, rows - top, left, cols - left), raster=raster)
 
 
+def describe(lay: Layout, features: int, glyph: float = 0.0) -> str:
+    """Grid, scale, tokens of an image with T `features` a view, and from what size on its type is
+    legible; `glyph`: the size of its type in pixels, where it is known.
+
+    Type as high as one visual token is legible, below half of one it is not (measured on the nano
+    world, whose documents are 0.4, 0.8 and 1.1 tokens high at base, 2x2 and 3x3).
+    """
+    (a, b), (W, H), (w, h) = lay.grid, lay.size, lay.fitted if lay.grid[0] else (lay.tile, lay.tile)
+    shrunk = (lay.crop[1] - lay.crop[0]) / lay.raster[0] if a else 1  # by a mosaic budget
+    token = shrunk * lay.tile / lay.side * H / h  # its height in pixels of the image
+    seen = glyph / token
+    word = "legible" if seen >= 1 else "hardly legible" if seen >= 0.5 else "illegible"
+    known = f"type of {glyph:g} pixels is {seen:.1f} visual tokens high: {word}; " if glyph else ""
+    views = f"{lay.views} views" if a else "1 view"
+    return (
+        f"saw {W}x{H} pixels as {f'grid {a}x{b} + base view' if a else 'base view only'}: "
+        f"{views} of {lay.tile} pixels (scale {w / W:.2f} x {h / H:.2f}), "
+        f"{lay.views * features} features -> {lay.tokens} visual tokens + {lay.newlines} newlines\n"
+        f"{known}type from {token:.0f} pixels on is legible"
+    )
+
+
 def open_image(data: bytes | str | Path | Image.Image, limit: int = MAX_PIXELS) -> Image.Image:
     """Bytes, a file or an opened image of any size and mode -> RGB, upright, first frame.
 

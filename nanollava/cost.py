@@ -33,7 +33,7 @@ def rates(model: Any) -> dict[str, int]:
     Counts one view without computing it; the rest follows from the matrices' sizes. On the
     "meta" device, because a CPU's fused attention is invisible to FlopCounterMode.
     """
-    encoder, R = model.encoder, model.row.tile
+    encoder, R = model.encoder, model.spec.tile
     empty = {n: torch.empty_like(x, device="meta") for n, x in encoder.named_buffers()}
     for name, p in encoder.named_parameters():
         empty[name] = torch.empty_like(p, device="meta", requires_grad=True)

@@ -29,11 +29,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanollava.anyres import open_image
-from nanollava.files import room_in
+from nanollava.extras import readers
+from nanollava.files import explain_full_disk
 from nanollava.prompts import read_turns
 from nanollava.recipe import ABOUT, Recipe, Stage, used_sources
 from nanollava.sequence import Document, Writer
-from nanollava.sources import KINDS, files_here, images_of, records, tool
+from nanollava.sources import KINDS, files_here, images_of, records
 
 COLUMNS = {"id": "str", "image": "bytes", "sizes": "json", "conversations": "json", "source": "str"}
 # Of any number of processes, the same samples in each step.
@@ -77,7 +78,7 @@ def prepare_source(recipe: Recipe, name: str) -> Path:
     folder = shard_folder(recipe, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Two runs may want the same source at once.
-    with room_in(folder.parent, f"{folder}.part/next"), FileLock(f"{folder}.lock"):
+    with explain_full_disk(folder.parent, f"{folder}.part/next"), FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             write_shards(recipe, name, folder)
     read_chunk(folder)
@@ -153,7 +154,7 @@ def prepare(recipe: Recipe) -> None:
     for name in [name for name, folder in folders.items() if not folder.is_dir()]:
         source = recipe.sources[name]
         kind, _, where = source.path.partition(":")
-        size, missing = tool("readers").weigh(where) if kind in KINDS else (0, 0)
+        size, missing = readers.weigh(where) if kind in KINDS else (0, 0)
         told.append(f"{name} {size / 1e9:.2f} GB" if size else f"{name} unknown")
         fetch += missing
         if kind != "pdf" and not source.samples:
@@ -162,7 +163,7 @@ def prepare(recipe: Recipe) -> None:
     if not folders:
         print("prepare: no stage of this recipe uses a source")
     if told:
-        room = tool("readers").check_space(recipe.data, write, fetch)
+        room = readers.check_space(recipe.data, write, fetch)
         print(f"prepare: {room}, {fetch / 1e9:.2f} GB to fetch; sizes: {', '.join(told)}")
     for name in folders:
         prepare_source(recipe, name)

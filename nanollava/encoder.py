@@ -1,6 +1,6 @@
 """The vision encoder: views uint8[N, 3, R, R] -> features float[N, T, C].
 
-One row per encoder, one code path: open_clip builds the tower, or timm where open_clip does not
+One spec per encoder, one code path: open_clip builds the tower, or timm where open_clip does not
 know it (EVA-CLIP-8B), and `forward_intermediates`, which both have, reads it. The tower is cut at
 its feature layer when it is loaded: later blocks, the norm after them and the pooling head are
 dropped, so every parameter that is left gets a gradient. The feature layers are the released
@@ -14,13 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import open_clip
 import torch
 from huggingface_hub import hf_hub_download
-from open_clip.transformer import VisionTransformer
 from safetensors.torch import load_file
-from timm.layers import RmsNorm
-from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -29,7 +25,7 @@ HALF = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
-class Row:
+class EncoderSpec:
     """One encoder: R = `tile` pixels, T = (tile / patch)^2 tokens, C = `width` channels."""
 
     tile: int
@@ -53,33 +49,33 @@ class Row:
 
 CLIP = {"mean": CLIP_MEAN, "std": CLIP_STD}
 ENCODERS = {
-    "clip_l_224": Row(224, 14, 1024, 23, **CLIP,
+    "clip_l_224": EncoderSpec(224, 14, 1024, 23, **CLIP,
                       open_clip="ViT-L-14-quickgelu", published="openai"),
-    "clip_l_336": Row(336, 14, 1024, 23, **CLIP,
+    "clip_l_336": EncoderSpec(336, 14, 1024, 23, **CLIP,
                       open_clip="ViT-L-14-336-quickgelu", published="openai"),
-    "eva02_e_224": Row(224, 14, 1792, 64, **CLIP,
+    "eva02_e_224": EncoderSpec(224, 14, 1792, 64, **CLIP,
                        open_clip="EVA02-E-14", published="laion2b_s4b_b115k"),
-    "eva_8b_224": Row(224, 14, 4096, 32, **CLIP, hub="BAAI/EVA-CLIP-8B",
+    "eva_8b_224": EncoderSpec(224, 14, 4096, 32, **CLIP, hub="BAAI/EVA-CLIP-8B",
                       published="EVA_CLIP_8B_psz14_s9B.pt", heads=32),
-    "eva_8b_448": Row(448, 14, 4096, 32, **CLIP, hub="BAAI/EVA-CLIP-8B-448",
+    "eva_8b_448": EncoderSpec(448, 14, 4096, 32, **CLIP, hub="BAAI/EVA-CLIP-8B-448",
                       published="EVA_CLIP_8B_psz14_plus_s0.6B.pt", heads=32),
-    "so400m_384": Row(384, 14, 1152, 26, tanh=True,
+    "so400m_384": EncoderSpec(384, 14, 1152, 26, tanh=True,
                       open_clip="ViT-SO400M-14-SigLIP-384", published="webli"),
-    "nano_s": Row(48, 8, 64, 2, heads=4, stem=(24, 48, 64)),
-    "nano_m": Row(48, 8, 96, 3, heads=6, stem=(24, 64, 96)),
-    "nano_l": Row(48, 8, 128, 4, heads=8, stem=(32, 96, 128)),
+    "nano_s": EncoderSpec(48, 8, 64, 2, heads=4, stem=(24, 48, 64)),
+    "nano_m": EncoderSpec(48, 8, 96, 3, heads=6, stem=(24, 64, 96)),
+    "nano_l": EncoderSpec(48, 8, 128, 4, heads=8, stem=(32, 96, 128)),
 }  # fmt: skip
 
 
 class Encoder(nn.Module):
     """A vision tower cut at its feature layer; pixels are normalised here, on the device."""
 
-    def __init__(self, row: Row, visual: nn.Module):
+    def __init__(self, spec: EncoderSpec, visual: nn.Module):
         super().__init__()
-        self.row, self.visual = row, visual
-        self.plain = row.side <= 8  # there a CPU's plain kernel is twice as fast
-        self.register_buffer("mean", torch.tensor(row.mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(row.std).view(3, 1, 1) * 255, persistent=False)
+        self.spec, self.visual = spec, visual
+        self.plain = spec.side <= 8  # there a CPU's plain kernel is twice as fast
+        self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1) * 255, persistent=False)
 
     @property
     def cut(self) -> nn.Module:
@@ -94,7 +90,7 @@ class Encoder(nn.Module):
     def recompute(self, on: bool) -> None:
         """Whether blocks keep their inputs only; recomputation would take the usual kernel."""
         self.cut.set_grad_checkpointing(on)
-        self.plain = self.row.side <= 8 and not on
+        self.plain = self.spec.side <= 8 and not on
 
     def forward(self, views: Tensor) -> Tensor:
         """uint8[N, 3, R, R] -> float[N, T, C]."""
@@ -123,16 +119,19 @@ def conv_stem(channels: tuple[int, ...], width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(before, width, 2, 2, bias=False))
 
 
-def eva(row: Row) -> Eva:
+def eva(spec: EncoderSpec) -> nn.Module:
     """EVA-CLIP-8B's image tower; its class in timm is used for EVA-02 too."""
+    from timm.layers import RmsNorm
+    from timm.models.eva import Eva
+
     return Eva(
-        row.tile, row.patch, embed_dim=row.width, depth=row.blocks, num_heads=row.heads,
+        spec.tile, spec.patch, embed_dim=spec.width, depth=spec.blocks, num_heads=spec.heads,
         mlp_ratio=5, qkv_bias=False, norm_layer=partial(RmsNorm, eps=1e-6), num_classes=0,
         global_pool="token",
     )  # fmt: skip
 
 
-def load_eva(visual: Eva, file: str) -> None:
+def load_eva(visual: nn.Module, file: str) -> None:
     """The image tower of EVA-CLIP's published .pt, or of a file with the tower alone."""
     state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     own = visual.state_dict()
@@ -143,39 +142,42 @@ def load_eva(visual: Eva, file: str) -> None:
     visual.load_state_dict({k: found[k] for k in own})
 
 
-def build(row: Row, weights: str = "published") -> Encoder:
+def build(spec: EncoderSpec, weights: str = "published") -> Encoder:
     """An encoder with published weights, those of a file, or random ones.
 
     A file is what the publisher ships (open_clip's or EVA's whole checkpoint), for nano a
     .safetensors of the cut tower. Raises FileNotFoundError where it is missing, and the libraries'
     errors where there is no network.
     """
+    import open_clip
+    from open_clip.transformer import VisionTransformer
+
     file = "" if weights in ("published", "random") else weights
     if file and not Path(file).is_file():
         raise FileNotFoundError(
             f"encoder_weights: {file} is not a file; give a checkpoint, `published` or `random`"
         )
-    if row.open_clip:
-        tag = None if weights == "random" else file or row.published
+    if spec.open_clip:
+        tag = None if weights == "random" else file or spec.published
         device = torch.empty(0).device  # "meta" under `with torch.device("meta")`
         logging.disable(logging.NOTSET if tag else logging.WARNING)  # random weights are no news
-        visual = open_clip.create_model(row.open_clip, pretrained=tag, device=device).visual
+        visual = open_clip.create_model(spec.open_clip, pretrained=tag, device=device).visual
         logging.disable(logging.NOTSET)
-    elif row.hub:
-        visual = eva(row)
+    elif spec.hub:
+        visual = eva(spec)
         if weights == "published":
-            file = hf_hub_download(row.hub, row.published)
+            file = hf_hub_download(spec.hub, spec.published)
         if file:
             load_eva(visual, file)
     else:
         visual = VisionTransformer(
-            row.tile, row.patch, row.width, row.blocks, row.heads, mlp_ratio=4.0, output_dim=1
+            spec.tile, spec.patch, spec.width, spec.blocks, spec.heads, mlp_ratio=4.0, output_dim=1
         )
-        visual.conv1 = conv_stem(row.stem, row.width)
-    encoder = Encoder(row, visual)
-    encoder.cut.prune_intermediate_layers([row.blocks - 1], prune_norm=True, prune_head=True)
-    for block in encoder.blocks if row.tanh else ():
+        visual.conv1 = conv_stem(spec.stem, spec.width)
+    encoder = Encoder(spec, visual)
+    encoder.cut.prune_intermediate_layers([spec.blocks - 1], prune_norm=True, prune_head=True)
+    for block in encoder.blocks if spec.tanh else ():
         block.mlp.act = nn.GELU("tanh")
-    if file and row.stem:
+    if file and spec.stem:
         visual.load_state_dict(load_file(file))
     return encoder

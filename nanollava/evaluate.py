@@ -72,11 +72,11 @@ def answer_all(
                 documents.append((i, writer(turns, pictures, name=str(i), answer=True)))
             except ValueError as error:
                 print(f"{title}, question {i}: {error}; counted as wrong")
-        documents.sort(key=lambda pair: (*pair[1].head, len(pair[1].ids)), reverse=True)
+        documents.sort(key=lambda pair: (*pair[1].prefix, len(pair[1].ids)), reverse=True)
         while documents:
             n = max(1, BATCH // (len(documents[0][1].ids) + room))
             batch, documents = documents[:n], documents[n:]
-            then = documents[0][1].head if documents else None
+            then = documents[0][1].prefix if documents else None
             found = assistant.answer([d for _, d in batch], room, then)
             for (i, document), (text, cut) in zip(batch, found, strict=True):
                 answers[i] = Answer(text, sum(lay.tokens for lay in document.layouts), cut)

@@ -9,13 +9,16 @@ from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
+PACKAGE = Path(__file__).parent
 # The hub's own errors and, by their parents, those of the HTTP library, which changes by version.
 NETWORK = (OSError, RuntimeError, HfHubHTTPError, *HfHubHTTPError.__bases__)
 
 
 @contextmanager
-def whole(file: Path) -> Iterator[Path]:
+def write_atomically(file: Path) -> Iterator[Path]:
     """A path to write to, which becomes `file` when that is done: nobody reads half of it."""
     half = file.with_name(f"{file.name}.half")
     yield half
@@ -23,7 +26,7 @@ def whole(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def room_in(folder: Path, half: str = "") -> Iterator[None]:
+def explain_full_disk(folder: Path, half: str = "") -> Iterator[None]:
     """Tell in one line that the disk is full, whatever a library raises then; deletes `half`."""
     try:
         yield
@@ -36,7 +39,7 @@ def room_in(folder: Path, half: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def fetching(what: str, key: str) -> Iterator[None]:
+def explain_failed_download(what: str, key: str) -> Iterator[None]:
     """Turn a failed download of `what` into advice: which `key` of the recipe takes a local copy.
 
     Raises FileNotFoundError; that of a local path and a full disk's OSError stay as they are.
@@ -55,3 +58,17 @@ def fetching(what: str, key: str) -> Iterator[None]:
         )
         reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
         raise FileNotFoundError(f"{what} could not be had: {reason}; {door}") from error
+
+
+def load_tensors(file: str | Path) -> dict[str, Tensor]:
+    """A safetensors file; raises ValueError for half of one."""
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
+
+
+def repository_file(name: str) -> Path:
+    """A file or folder of recipes/ that commands need; an installed package has its own copy."""
+    installed, checkout = PACKAGE / "recipes" / name, PACKAGE.parent / "recipes" / name
+    return installed if installed.exists() else checkout

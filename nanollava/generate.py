@@ -20,14 +20,14 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from nanollava.anyres import Layout, open_image
+from nanollava.anyres import describe, open_image
+from nanollava.checkpoint import load as load_model
+from nanollava.extras import why
 from nanollava.llm import Cache
 from nanollava.model import VLM
-from nanollava.model import load as load_model
 from nanollava.prompts import PLACEHOLDER, Turn, stop_ids
 from nanollava.recipe import with_visual
 from nanollava.sequence import Document, pack
-from nanollava.sources import tool
 
 Picture = str | Path | bytes | Image
 
@@ -55,28 +55,6 @@ class Seen:
         return "\n".join(lines)
 
 
-def describe(lay: Layout, features: int, glyph: float = 0.0) -> str:
-    """Grid, scale, tokens of an image with T `features` a view, and from what size on its type is
-    legible; `glyph`: the size of its type in pixels, where it is known.
-
-    Type as high as one visual token is legible, below half of one it is not (measured on the nano
-    world, whose documents are 0.4, 0.8 and 1.1 tokens high at base, 2x2 and 3x3).
-    """
-    (a, b), (W, H), (w, h) = lay.grid, lay.size, lay.fitted if lay.grid[0] else (lay.tile, lay.tile)
-    shrunk = (lay.crop[1] - lay.crop[0]) / lay.raster[0] if a else 1  # by a mosaic budget
-    token = shrunk * lay.tile / lay.side * H / h  # its height in pixels of the image
-    seen = glyph / token
-    word = "legible" if seen >= 1 else "hardly legible" if seen >= 0.5 else "illegible"
-    known = f"type of {glyph:g} pixels is {seen:.1f} visual tokens high: {word}; " if glyph else ""
-    views = f"{lay.views} views" if a else "1 view"
-    return (
-        f"saw {W}x{H} pixels as {f'grid {a}x{b} + base view' if a else 'base view only'}: "
-        f"{views} of {lay.tile} pixels (scale {w / W:.2f} x {h / H:.2f}), "
-        f"{lay.views * features} features -> {lay.tokens} visual tokens + {lay.newlines} newlines\n"
-        f"{known}type from {token:.0f} pixels on is legible"
-    )
-
-
 class Assistant:
     """A model that answers."""
 
@@ -96,7 +74,7 @@ class Assistant:
         """
         model = self.model
         stops = stop_ids(model.tokenizer, model.recipe.template)
-        row = pack(documents, model.row.tile).to(model.newline.device)
+        row = pack(documents, model.spec.tile).to(model.newline.device)
         lengths, cache = list(row.lengths), cache or Cache([len(d.ids) + room for d in documents])
         before = torch.tensor(cache.used).repeat_interleave(torch.tensor(lengths))
         positions = row.positions + before.to(row.positions.device)
@@ -131,20 +109,20 @@ class Assistant:
         """A cache of what documents share with each other, with those before or the one to come:
         their images and the words before them, read once. None where nothing is shared.
         """
-        heads, (places, cache) = {d.head: d for d in documents}, self.heads
+        heads, (places, cache) = {d.prefix: d for d in documents}, self.heads
         shared = len(heads) < len(documents) or heads.keys() & {then, *places}
         if not shared or not all(d.layouts for d in documents):
             self.heads = {}, None
             return None
         if not heads.keys() <= places.keys():
             parts = [replace(d, ids=d.ids[:n], labels=d.labels[:n]) for (n, _), d in heads.items()]
-            row = pack(parts, self.model.row.tile).to(self.model.newline.device)
+            row = pack(parts, self.model.spec.tile).to(self.model.newline.device)
             places, cache = {head: i for i, head in enumerate(heads)}, Cache(row.lengths)
             with self.model.autocast():
                 self._next(self.model.embed(row), row.positions, list(row.lengths), cache)
         self.heads = (places, cache) if then in places else ({}, None)
-        of, most = [places[d.head] for d in documents], [len(d.ids) + room for d in documents]
-        return cache.fork(of, most, [d.head[0] for d in documents])
+        of, most = [places[d.prefix] for d in documents], [len(d.ids) + room for d in documents]
+        return cache.fork(of, most, [d.prefix[0] for d in documents])
 
     def answer(
         self, documents: Sequence[Document], room: int, then: tuple[int, int] | None = None
@@ -155,7 +133,7 @@ class Assistant:
         """
         written: list[list[int]] = [[] for _ in documents]
         if cache := self._read_heads(documents, room, then):
-            documents = [d.after(n) for d, n in zip(documents, cache.used, strict=True)]
+            documents = [d.suffix(n) for d, n in zip(documents, cache.used, strict=True)]
         for step in self.stream(documents, room, cache):
             for ids, token in zip(written, step, strict=True):
                 if token is not None:
@@ -193,13 +171,13 @@ class Assistant:
     def _speak(self, document: Document, glyphs: tuple[float, ...], room: int) -> Iterator[str]:
         """Pieces of one answer; keeps its keys and values for the next question."""
         ids, start = document.ids.tolist(), time.perf_counter()
-        if document.head != self.memory[2]:  # none of it can be used again
-            self.memory = Cache([]), [], document.head
+        if document.prefix != self.memory[2]:  # none of it can be used again
+            self.memory = Cache([]), [], document.prefix
         skip = len(commonprefix([ids[:-1], self.memory[1]]))
         cache = self.memory[0].fork([0], [len(ids) + room], [skip])
-        self.seen = Seen(document, self.model.row.side**2, glyphs, skip)
+        self.seen = Seen(document, self.model.spec.side**2, glyphs, skip)
         written, said = self.seen.written, ""
-        for (token,) in self.stream([document.after(skip)], room, cache):
+        for (token,) in self.stream([document.suffix(skip)], room, cache):
             self.seen.first = self.seen.first or time.perf_counter() - start
             written += [] if token is None else [token]
             text = self.model.tokenizer.decode(written, skip_special_tokens=True)
@@ -207,13 +185,13 @@ class Assistant:
                 yield text[len(said) :]  # not half of a character, unless the answer ends there
                 said = text
         self.seen.seconds = time.perf_counter() - start
-        self.memory = cache, (ids + written)[: cache.used[0]], document.head
+        self.memory = cache, (ids + written)[: cache.used[0]], document.prefix
 
     def why(self) -> Image:
         """A picture of where the last answer looked: base view and tiles of each image."""
         if self.seen is None:
             raise ValueError("nothing has been asked yet: chat first")
-        return tool("why").look(self.model, self.seen.document, self.seen.written)
+        return why.look(self.model, self.seen.document, self.seen.written)
 
 
 def load(run: str | Path, device: str = "") -> Assistant:

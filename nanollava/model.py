@@ -1,28 +1,22 @@
-"""The model: the parts in a row, the loss, what trains, and how it is saved and loaded.
+"""The model: the parts in a row, the loss, what trains.
 
     views -> encoder -> features -> projector -> pooling -> visual tokens -> LLM -> loss
 
 `pool_after_projector: false` swaps projector and pooling.
 """
 
-from pathlib import Path
-
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn import functional as F
 
 from nanollava.anyres import Layout, Visual
 from nanollava.encoder import ENCODERS, build
-from nanollava.files import fetching, whole
+from nanollava.files import explain_failed_download
 from nanollava.llm import load_llm, load_tokenizer
 from nanollava.pooling import add_newlines, pool
 from nanollava.projector import Projector
-from nanollava.recipe import Recipe, check, read_recipe, write_recipe
+from nanollava.recipe import Recipe
 from nanollava.sequence import Pack, Writer
-from nanollava.sources import tool
 
 # What a stage trains; the learned newline goes with the projector.
 TRAIN = {
@@ -37,24 +31,24 @@ class VLM(nn.Module):
 
     def __init__(self, recipe: Recipe, weights: str = ""):
         super().__init__()
-        self.recipe, self.row = recipe, ENCODERS[recipe.encoder]
-        origin = f"{self.row.hub or self.row.open_clip}: {self.row.published}"
-        with fetching(origin, "encoder_weights"):
-            self.encoder = build(self.row, weights or recipe.encoder_weights)
-        with fetching(recipe.llm, "llm"):
+        self.recipe, self.spec = recipe, ENCODERS[recipe.encoder]
+        origin = f"{self.spec.hub or self.spec.open_clip}: {self.spec.published}"
+        with explain_failed_download(origin, "encoder_weights"):
+            self.encoder = build(self.spec, weights or recipe.encoder_weights)
+        with explain_failed_download(recipe.llm, "llm"):
             self.llm = load_llm(recipe.llm, weights or recipe.llm_weights)
             self.tokenizer = load_tokenizer(recipe.llm)
         words = self.llm.get_input_embeddings().weight
         rms = 1.0 if words.is_meta else words.detach().float().square().mean().sqrt().item()
         dim, scale = words.shape[1], rms if recipe.projector_norm else 0.0
-        self.projector = Projector(self.row.width, dim, recipe.connector, scale)
+        self.projector = Projector(self.spec.width, dim, recipe.connector, scale)
         self.newline = nn.Parameter(torch.randn(dim) * rms)
 
     def writer(self, visual: Visual | None = None, template: str = "") -> Writer:
         """What turns conversations and images into documents for this model."""
         keys = self.recipe
         return Writer(
-            self.tokenizer, visual or keys.visual, self.row.tile, self.row.side,
+            self.tokenizer, visual or keys.visual, self.spec.tile, self.spec.side,
             template or keys.template, keys.label_mask, keys.max_length,
         )  # fmt: skip
 
@@ -94,7 +88,7 @@ class VLM(nn.Module):
         if not torch.is_grad_enabled():
             return row[None]
         # Text only: a black view at weight 0, so that every rank has a gradient for everything.
-        R = self.row.tile
+        R = self.spec.tile
         black = torch.zeros(1, 3, R, R, dtype=torch.uint8, device=row.device)
         nothing = self.projector(self.encoder(black)).sum() + self.newline.sum()
         return (row + 0 * nothing)[None]
@@ -151,98 +145,3 @@ class VLM(nn.Module):
                 rate = rates.get(name.split(".")[0], lr)
                 groups.setdefault((rate, decay if p.ndim > 1 else 0.0), []).append(p)
         return [{"params": ps, "lr": r, "weight_decay": d} for (r, d), ps in groups.items()]
-
-
-def gather(model: VLM) -> dict[str, Tensor]:
-    """All tensors of a model that is sharded over processes, on the first one's CPU; each calls."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(model, options=options)
-
-
-def save(model: VLM, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-    """Write recipe.yaml, config.json, the tokenizer and, last, model.safetensors.
-
-    `state`: the tensors, where the model itself holds only shards of them (`gather`).
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_recipe(model.recipe, folder / "recipe.yaml")
-    model.llm.config.to_json_file(folder / "config.json", use_diff=False)
-    model.tokenizer.save_pretrained(folder)
-    state = {k: v.contiguous() for k, v in (state or model.state_dict()).items()}
-    if model.llm.config.tie_word_embeddings:
-        state.pop("llm.lm_head.weight", None)
-    with whole(folder / "model.safetensors") as half:  # so that a whole file is a finished one
-        save_file(state, half, metadata={"format": "pt"})
-
-
-def load(folder: str | Path, device: str = "cpu") -> VLM:
-    """A run folder (or one stage of it), or a LlavaOnevision folder of transformers -> the model,
-    ready to answer.
-
-    Raises FileNotFoundError for a run without weights.
-    """
-    folder = Path(folder)
-    if (folder / "config.json").is_file() and not (folder / "recipe.yaml").is_file():
-        keys, state = tool("hf").read(folder)
-        recipe = check(Recipe(**keys | {"visual": Visual(**keys["visual"])}))
-    else:
-        recipe = recipe_of(folder)
-        state = load_tensors(folder / "model.safetensors")
-    model = VLM(recipe, weights="random")
-    fill(model, state, folder)
-    if device.startswith("cuda") and recipe.precision == "auto":
-        to_bf16(model.llm)  # once, where autocast would cast all of it for every token
-    return model.eval().to(device)
-
-
-def to_bf16(module: nn.Module) -> None:
-    """Cast the parameters to bf16, and leave the buffers as they are.
-
-    `module.bfloat16()` would round the rotary table `inv_freq` too: at 3,600 positions some phases
-    of Qwen1.5-0.5B would then be off by up to 3.4 rad.
-    """
-    for p in module.parameters():
-        p.data = p.data.bfloat16()
-
-
-def load_tensors(file: str | Path) -> dict[str, Tensor]:
-    """A safetensors file; raises ValueError for half of one."""
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
-
-
-def recipe_of(run: Path) -> Recipe:
-    """The recipe of a run folder; raises FileNotFoundError where the folder is no whole one."""
-    if not (run / "model.safetensors").is_file():
-        found = sorted(str(p.parent) for p in run.glob("*/model.safetensors"))
-        raise FileNotFoundError(
-            f"{run} has no model.safetensors: train first, or give one of {found or 'your runs'}"
-        )
-    for name in ("recipe.yaml", "config.json", "tokenizer.json"):
-        if not (run / name).is_file():
-            raise FileNotFoundError(f"{run} has weights but no {name}: it is no whole run folder")
-    return read_recipe(run / "recipe.yaml", llm=str(run))
-
-
-def load_weights(model: VLM, file: str | Path) -> None:
-    """Fill a model from a safetensors file."""
-    fill(model, load_tensors(file), file)
-
-
-def fill(model: VLM, state: dict[str, Tensor], source: str | Path) -> None:
-    """Tensors into a model; names both shapes where they do not fit."""
-    own = model.state_dict()
-    for name, tensor in state.items():
-        if name in own and own[name].shape != tensor.shape:
-            raise ValueError(
-                f"{source}: {name} is {tuple(tensor.shape)}, but encoder {model.recipe.encoder} "
-                f"with llm {model.recipe.llm} needs {tuple(own[name].shape)}"
-            )
-    missing, extra = model.load_state_dict(state, strict=False)
-    if model.llm.config.tie_word_embeddings:
-        missing = [n for n in missing if n != "llm.lm_head.weight"]
-    if missing or extra:
-        raise ValueError(f"{source}: missing {missing[:3]}, not of this model {extra[:3]}")

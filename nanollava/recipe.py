@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nanollava.anyres import Visual, layout, parse_grids
 from nanollava.encoder import ENCODERS
-from nanollava.files import whole
+from nanollava.files import write_atomically
 from nanollava.metrics import METRICS
 from nanollava.projector import ACTIVATIONS
 from nanollava.prompts import MASKS, TEMPLATES
@@ -246,7 +246,7 @@ def with_visual(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """The resolved recipe as YAML, readable by `read_recipe`."""
-    with whole(path) as half:
+    with write_atomically(path) as half:
         half.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
 
 

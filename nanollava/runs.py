@@ -6,11 +6,16 @@ The same recipe again continues what it finds there; another recipe is refused.
 import csv
 import json
 import os
+import platform
 import shutil
+import subprocess
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from pickle import UnpicklingError
 from unittest.mock import patch
@@ -22,10 +27,15 @@ from torch.serialization import safe_globals
 from torch.torch_version import TorchVersion
 from tqdm import tqdm
 
-from nanollava.files import whole
+from nanollava.files import write_atomically
 from nanollava.recipe import Recipe, Stage, differences, read_recipe, write_recipe
-from nanollava.sources import tool
 
+PACKAGES = ("torch", "transformers", "mosaicml", "mosaicml-streaming", "open_clip_torch")
+ROOT = Path(__file__).parents[1]
+CODE = ("nanollava", "recipes", ":!recipes/ablations/results", ":!recipes/*.md")
+BEFORE = 20  # steps that a jump is seen against
+# A jump is both: so many deviations above their mean, and so many times it.
+DEVIATIONS, TIMES = 4, 1.2
 COLUMNS = ("stage", "step", "source", "loss", "tokens", "lr", "seconds")
 
 
@@ -54,8 +64,8 @@ def open_run(recipe: Recipe, processes: int) -> None:
     starts = json.loads(file.read_text()) if file.exists() else []
     if starts and starts[-1]["processes"] != processes:
         print(f"{run} goes on in the same order, now with {processes} processes")
-    starts.append(tool("environment").environment(recipe, processes))
-    with whole(file) as half:
+    starts.append(environment(recipe, processes))
+    with write_atomically(file) as half:
         half.write_text(json.dumps(starts, indent=1))
 
 
@@ -69,7 +79,7 @@ def read_losses(run: str | Path) -> list[dict[str, str]]:
 def keep_losses(run: str | Path, stage: str, step: int) -> None:
     """Forget what a stage logged after `step`: a resumed run does those steps again."""
     rows = [r for r in read_losses(run) if r["stage"] != stage or int(r["step"]) <= step]
-    with whole(Path(run) / "losses.csv") as half, half.open("w", newline="") as file:
+    with write_atomically(Path(run) / "losses.csv") as half, half.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
@@ -81,7 +91,7 @@ def add_losses(run: str | Path, rows: Iterable[tuple]) -> None:
         csv.writer(file).writerows(rows)
 
 
-def tell_notes(run: Path, stage: str, notes: Sequence[str]) -> None:
+def log_notes(run: Path, stage: str, notes: Sequence[str]) -> None:
     """What is odd about a batch, such as samples that were cut: all in notes.txt, the first on
     screen.
     """
@@ -131,7 +141,7 @@ def weights_only(run: Path) -> Iterator[None]:
         raise ValueError(f"{run}/checkpoints: no run wrote these: delete that folder") from error
 
 
-def excess() -> float:
+def gradient_scale() -> float:
     """The mean of ones over all processes as FSDP2 asks for it: gloo gives the sum (torch 2.7)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ones = torch.ones(dist.get_world_size(), device=device)
@@ -143,6 +153,76 @@ def excess() -> float:
 def finish(run: Path, last: Path) -> None:
     """The last stage's files into the run folder, the weights last: then the run is whole."""
     for file in sorted(last.iterdir(), key=lambda f: f.suffix == ".safetensors"):
-        with whole(run / file.name) as half:
+        with write_atomically(run / file.name) as half:
             shutil.copy(file, half)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
+
+
+def commit() -> str:
+    """This checkout's commit, with -dirty where its code was changed; "" outside of git."""
+    if not shutil.which("git"):
+        return ""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *CODE], capture_output=True)
+    return head.stdout.strip() + ("-dirty" if changed.returncode == 1 else "")
+
+
+def environment(recipe: Recipe, processes: int) -> dict:
+    """One start of a run, for its environment.json."""
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "processes": processes,
+        "commit": commit(),
+        "seed": recipe.seed,
+    }
+
+
+class LossBand:
+    """A stage's losses as they come.
+
+    The band lies between the lowest and the highest of reference runs, all of them means of the
+    last ten steps: single batches differ too much. It is told only where the reference has as many
+    steps, since another schedule has other losses.
+    """
+
+    def __init__(self, reference: str, stage: str, steps: int):
+        lines = Path(reference).read_text().splitlines() if reference else []
+        rows = [row for row in csv.DictReader(lines) if row["stage"] == stage]
+        self.last: deque[float] = deque(maxlen=10)
+        self.before: deque[float] = deque(maxlen=BEFORE)
+        rows = rows if len(rows) == steps else []
+        self.band = {int(r["step"]): f" (expected {r['low']}-{r['high']})" for r in rows}
+
+    def tell(self, step: int, loss: float) -> str:
+        """A postfix for a progress bar: "loss 0.312 (expected 0.28-0.33)"."""
+        self.last.append(loss)
+        return f"loss {sum(self.last) / len(self.last):.3f}" + self.band.get(step, "")
+
+    def odd(self, loss: float, means: dict[str, float]) -> str:
+        """What is odd about a step's loss, with its mean by source; "" if nothing is."""
+        each = ", ".join(f"{source} {mean:.3g}" for source, mean in means.items())
+        if not isfinite(loss):
+            return f"the loss is {loss} ({each})"
+        before = np.array(self.before)
+        self.before.append(loss)
+        if len(before) < BEFORE:
+            return ""
+        mean, apart = before.mean(), before.std()
+        if loss < mean + DEVIATIONS * apart or loss < TIMES * mean:
+            return ""
+        return f"the loss jumps to {loss:.3g} from {mean:.3g} +- {apart:.2g} ({each})"
+
+
+def print_stage(name: str, stage: Stage, counts: dict[str, int], steps: int) -> None:
+    """Print what a stage trains and what it freezes."""
+    train = ", ".join(f"{part} {n:,}" for part, n in counts.items() if n)
+    vision = f", vision {stage.vision_lr:g}" if counts["encoder"] else ""
+    frozen = ", ".join(part for part, n in counts.items() if not n) or "nothing"
+    mix = ", ".join(f"{source} x {times:g}" for source, times in stage.mix.items())
+    print(
+        f"\n{name}: trains {train} parameters (lr {stage.lr:g}{vision}); "
+        f"frozen: {frozen}\n  {steps:,} steps of {stage.batch_size} samples: {mix}"
+    )

@@ -36,13 +36,13 @@ class Document:
         return int((self.labels[1:] != IGNORE).sum())
 
     @cached_property
-    def head(self) -> tuple[int, int]:
+    def prefix(self) -> tuple[int, int]:
         """How many positions there are up to its last visual token, and a hash of all in them."""
         n = int((self.ids == IMAGE).nonzero()[-1]) + 1 if self.layouts else 0
         parts = (x.contiguous().numpy().tobytes() for x in (self.ids[:n], self.views))
         return n, hash((*parts, self.layouts))
 
-    def after(self, n: int) -> "Document":
+    def suffix(self, n: int) -> "Document":
         """What follows its first n positions: all of its images are before or after them."""
         rest = replace(self, ids=self.ids[n:], labels=self.labels[n:])
         return replace(rest, views=self.views[:0], layouts=()) if n else rest

@@ -30,16 +30,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from nanollava import runs
+from nanollava.checkpoint import gather, load_weights, save
 from nanollava.cost import forward_flops, rates, step_flops
 from nanollava.data import STOP_SIGNALS, make_loader, prepare
-from nanollava.files import room_in
-from nanollava.model import TRAIN, VLM, gather, load_weights, save
+from nanollava.files import explain_full_disk
+from nanollava.model import TRAIN, VLM
 from nanollava.recipe import Recipe, Stage
 from nanollava.sequence import Document, Pack, count_tokens, pack, split
-from nanollava.sources import tool
 
 
-class Student(ComposerModel):
+class ComposerVLM(ComposerModel):
     """The model as Composer trains it; sums up losses by source for the log."""
 
     def __init__(self, model: VLM, stage: Stage):
@@ -63,7 +63,7 @@ class Student(ComposerModel):
 
     def flops_per_batch(self, documents: Sequence[Document]) -> int:
         """Useful FLOPs of this process's part of a batch, for SpeedMonitor."""
-        keys, row = self.model.recipe.visual, self.model.row
+        keys, row = self.model.recipe.visual, self.model.spec
         forward = forward_flops(self.rates, documents, row.side**2, keys.pool_after_projector)
         return step_flops(forward, self.train_set)
 
@@ -141,7 +141,7 @@ class Report(Callback):
         if odd := self.course.odd(loss, means):
             names = [document.name for document in state.batch]
             notes.insert(0, f"step {step}: {odd}; samples {', '.join(names)}")
-        runs.tell_notes(self.run, self.name, notes)
+        runs.log_notes(self.run, self.name, notes)
         if not isfinite(loss):
             raise ValueError(f"{self.name} {notes[0]}")
         if self.bar is None:
@@ -188,7 +188,7 @@ def run_stage(recipe: Recipe, name: str, model: VLM) -> int:
     trainer = make_trainer(recipe, name, model, loader)  # counts FLOPs, without recomputation
     model.checkpoint_activations(stage.checkpoint_activations)
     if dist.get_global_rank() == 0:
-        tool("course").announce(name, stage, counts, int(trainer.state.max_duration.value))
+        runs.print_stage(name, stage, counts, int(trainer.state.max_duration.value))
     trainer.fit()
     trainer.close()
     # Both would hold this stage's model and Adam's moments until the process ends.
@@ -202,12 +202,12 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> T
     """Composer's trainer for a stage, over a loader whose batches are lists of documents."""
     stage, run = recipe.stages[name], Path(recipe.run)
     steps = runs.steps_of(stage, len(loader))
-    course = tool("course").Course(recipe.reference, name, steps)
-    excess = runs.excess() if recipe.shard else 1.0
+    course = runs.LossBand(recipe.reference, name, steps)
+    excess = runs.gradient_scale() if recipe.shard else 1.0
     report = Report(run, name, stage.save_interval, course, excess)
     data = DataSpec(
         loader,
-        split_batch=partial(split_batch, tile=model.row.tile),
+        split_batch=partial(split_batch, tile=model.spec.tile),
         get_num_samples_in_batch=len,
         get_num_tokens_in_batch=count_tokens,
         microbatch_transforms=lambda pack: pack.to(model.newline.device),
@@ -215,7 +215,7 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> T
     rates = (stage.lr, stage.vision_lr, stage.projector_lr or stage.lr, stage.weight_decay)
     with runs.weights_only(run):
         return Trainer(
-            model=Student(model, stage),
+            model=ComposerVLM(model, stage),
             train_dataloader=data,
             optimizers=torch.optim.AdamW(model.groups(*rates), fused=True),
             schedulers=CosineAnnealingWithWarmupScheduler(f"{round(steps * stage.warmup)}ba"),
@@ -276,7 +276,7 @@ def train(recipe: Recipe) -> Path:
     last = None
     for name in (name for name, stage in recipe.stages.items() if stage):
         if not (run / name / "model.safetensors").exists():
-            with room_in(run):
+            with explain_full_disk(run):
                 model = begin(recipe, last)
                 stop = run_stage(recipe, name, model)
                 state = gather(model) if recipe.shard else None

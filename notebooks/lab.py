@@ -10,12 +10,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nanollava.ablations import rows as rows_of
 from nanollava.evaluate import evaluate_task
+from nanollava.extras.plan import plan
 from nanollava.generate import Assistant
 from nanollava.recipe import read_recipe, with_visual, write_recipe
-from nanollava.sources import tool
 
-rows_of, plan = tool("rows"), tool("plan").plan
 read_rows, TABLES = rows_of.read_rows, rows_of.TABLES
 
 ROOT = Path(__file__).parent.parent

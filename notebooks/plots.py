@@ -31,7 +31,7 @@ from nanollava.runs import read_losses
 from nanollava.sources import function_of
 
 ROOT = Path(__file__).parent.parent
-BLOG = json.loads(Path(__file__).with_name("blog.json").read_text())
+BLOG = json.loads((ROOT / "nanollava/ablations/blog.json").read_text())
 INK, GRID, BASE, RIGHT, WRONG = "#1a1a1a", "#d1495b", "#2e4057", "#2a7f62", "#b3261e"
 OURS = ("#2e4057", "#8d99ae", "#d1495b", "#edae49")  # dark and light enough to tell apart in grey
 plt.rcParams["font.size"] = 9
@@ -121,7 +121,7 @@ def hero(run: str, out: str, number: int = 1) -> None:
     *axes, axis = (figure.add_subplot(column) for column in columns)
     views(image, lay, axes)
     axis.axis("off")
-    formula = f"({lay.grid[0]}x{lay.grid[1]} + 1) x {llava.model.row.side**2}"
+    formula = f"({lay.grid[0]}x{lay.grid[1]} + 1) x {llava.model.spec.side**2}"
     axis.text(0, 0.93, f"{formula} = {lay.tokens} visual tokens", weight="bold")
     axis.text(0, 0.74, question, style="italic")
     for y, (grid, name) in zip((0.52, 0.22), (("base", "base view alone"), ("3x3", "with tiles"))):
@@ -156,7 +156,7 @@ def budget(model, image: Image.Image, grid: str, tau: str, most: int = 900) -> N
     visual = with_visual(model.recipe, {"max_grid": grid, "max_visual_tokens": tau}).visual
     turn = Turn("user", "<image>\nWhat is the tax?", 1)
     document = model.writer(visual)([turn], [image], answer=True)
-    (lay,), T = document.layouts, model.row.side**2
+    (lay,), T = document.layouts, model.spec.side**2
     _, axes = plt.subplots(1, 2, figsize=(7.5, 2.8), width_ratios=(1, 1.6))
     grid_over(axes[0], image, lay)
     if lay.grid[0]:

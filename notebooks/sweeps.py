@@ -17,12 +17,11 @@ import pandas as pd
 import plots
 from pandas.io.formats.style import Styler
 
-from nanollava.sources import import_file, tool
+from nanollava.ablations import results, verdicts
+from nanollava.ablations import rows as rows_of
 
-rows_of, verdicts = tool("rows"), tool("verdicts")
 read_rows, T4 = rows_of.read_rows, rows_of.TABLES["T4"]
 ABLATIONS = Path(__file__).parent.parent / "recipes" / "ablations"
-results = import_file(str(ABLATIONS.parent / "results.py"))
 
 
 def lines(name: str) -> dict[str, list[dict]]:

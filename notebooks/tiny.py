@@ -15,7 +15,7 @@ import timm
 from open_clip.factory import add_model_config
 from timm.models.vision_transformer import VisionTransformer
 
-from nanollava.encoder import ENCODERS, Row
+from nanollava.encoder import ENCODERS, EncoderSpec
 
 NAME, TILE, PATCH, WIDTH, BLOCKS = "vit_nano_siglip", 48, 8, 96, 2
 TEXT = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1}  # cut away
@@ -38,7 +38,7 @@ if NAME not in timm.list_models():
         file.write_text(json.dumps({"embed_dim": 16, "custom_text": True, "text_cfg": TEXT,
                                     "vision_cfg": vision}))  # fmt: skip
         add_model_config(file)
-ENCODERS["tiny_siglip"] = Row(TILE, PATCH, WIDTH, BLOCKS, tanh=True, open_clip=NAME)
+ENCODERS["tiny_siglip"] = EncoderSpec(TILE, PATCH, WIDTH, BLOCKS, tanh=True, open_clip=NAME)
 
 if __name__ == "__main__":
     from nanollava.__main__ import run

@@ -30,14 +30,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import film, tar  # noqa: E402
 
 from nanollava import generate  # noqa: E402
+from nanollava.ablations import rows, verdicts  # noqa: E402
 from nanollava.anyres import open_image  # noqa: E402
 from nanollava.data import usable  # noqa: E402
 from nanollava.evaluate import read_lines  # noqa: E402
+from nanollava.extras.video import open_video  # noqa: E402
 from nanollava.prompts import encode, read_turns  # noqa: E402
 from nanollava.recipe import Source, read_recipe  # noqa: E402
-from nanollava.sources import records, tool  # noqa: E402
+from nanollava.sources import records  # noqa: E402
 
-open_video, rows, verdicts = tool("video").open_video, tool("rows"), tool("verdicts")
 ALLOWED = (ValueError, OSError)
 SECONDS = 2.0
 RECORDS = [

@@ -27,15 +27,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from nanollava.anyres import Visual, open_image
 from nanollava.cost import forward_flops, rates, step_flops
+from nanollava.extras.plan import memory
 from nanollava.generate import Assistant
 from nanollava.llm import flash_varlen
 from nanollava.model import TRAIN, VLM
 from nanollava.prompts import Turn
 from nanollava.recipe import Stage
 from nanollava.sequence import Document, pack
-from nanollava.sources import tool
-
-memory = tool("plan").memory
 
 PHOTO = Path(matplotlib.get_data_path(), "sample_data/grace_hopper.jpg")
 SHAPES = ((640, 480), (480, 640), (1024, 768), (800, 1200), (600, 600), (300, 900), (336, 336))
@@ -92,7 +90,7 @@ def clock(device: str, run: Callable[[], None], times: int, warm: int) -> float:
 
 def attention(model: VLM, documents: list[Document], device: str) -> None:
     """Losses on the device against the CPU's float32."""
-    packed = pack(documents, model.row.tile)
+    packed = pack(documents, model.spec.tile)
     with torch.no_grad():
         expected = model.float().cpu()(packed)
         found = model.to(device)(packed.to(device)).cpu()
@@ -115,7 +113,7 @@ def training(model: VLM, documents: list[Document], device: str, steps: int, bud
     seconds = clock(device, step, min(20, steps), min(5, steps))
     n, keys = len(documents), model.recipe.visual
     flops = step_flops(
-        forward_flops(rates(model), documents, model.row.side**2, keys.pool_after_projector),
+        forward_flops(rates(model), documents, model.spec.side**2, keys.pool_after_projector),
         TRAIN["full"],
     )
     told("G1 useful FLOP/s", f"{flops / seconds / PEAK:.1%} of 790 T, {n / seconds:.1f} samples/s",

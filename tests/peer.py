@@ -36,15 +36,14 @@ from transformers import (
 from nanollava.anyres import Visual, layout, open_image, parse_budget, parse_grids
 from nanollava.cost import count as totals
 from nanollava.data import usable
-from nanollava.encoder import CLIP_MEAN, CLIP_STD, ENCODERS, Row
+from nanollava.encoder import CLIP_MEAN, CLIP_STD, ENCODERS, EncoderSpec
+from nanollava.hf import llava_onevision as hf
 from nanollava.llm import config_of
 from nanollava.model import VLM
 from nanollava.prompts import IGNORE, IMAGE, read_turns
 from nanollava.recipe import Recipe
 from nanollava.sequence import Document, pack, split
-from nanollava.sources import records, tool
-
-hf = tool("hf")
+from nanollava.sources import records
 
 ROOT = Path(__file__).parent.parent
 MOSAIC = Visual(max_grid="3x3", max_visual_tokens="(4+1)T", budget="mosaic")
@@ -75,7 +74,7 @@ TINY = Size()
 QUARTER = Size("quarter", 384, 14, 288, 7, 4, 256, 6, 4, 4, 704, 9504)
 
 
-def tower(size: Size, folder: Path) -> Row:
+def tower(size: Size, folder: Path) -> EncoderSpec:
     """Teach timm and open_clip a small SigLIP with one block more than is kept; returns its row."""
     name = f"vit_{size.name}_siglip"
 
@@ -97,10 +96,10 @@ def tower(size: Size, folder: Path) -> Row:
     (folder / f"{name}.json").write_text(json.dumps(config))
     add_model_config(folder / f"{name}.json")
     assert name in open_clip.list_models()
-    return Row(size.tile, size.patch, size.width, size.blocks, tanh=True, open_clip=name)
+    return EncoderSpec(size.tile, size.patch, size.width, size.blocks, tanh=True, open_clip=name)
 
 
-def clip(folder: Path, layers: int = 3) -> tuple[Row, CLIPVisionModel]:
+def clip(folder: Path, layers: int = 3) -> tuple[EncoderSpec, CLIPVisionModel]:
     """A small OpenAI CLIP: our row, cut as the released code reads it, and transformers' model."""
     name = "tiny-clip-quickgelu"
     vision = {"image_size": 75, "layers": layers, "width": 64, "head_width": 16, "patch_size": 14}
@@ -112,11 +111,11 @@ def clip(folder: Path, layers: int = 3) -> tuple[Row, CLIPVisionModel]:
         hidden_size=64, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4,
         image_size=75, patch_size=14, hidden_act="quick_gelu",
     )  # fmt: skip
-    row = Row(75, 14, 64, layers - 1, CLIP_MEAN, CLIP_STD, open_clip=name)
+    row = EncoderSpec(75, 14, 64, layers - 1, CLIP_MEAN, CLIP_STD, open_clip=name)
     return row, CLIPVisionModel(theirs).eval()
 
 
-def copy_clip(visual: torch.nn.Module, theirs: CLIPVisionModel, row: Row) -> None:
+def copy_clip(visual: torch.nn.Module, theirs: CLIPVisionModel, row: EncoderSpec) -> None:
     """Our tower's weights into transformers' model; what our tower was cut of stays as it is."""
     whole = torch.nn.Module()
     whole.vision_tower = theirs
@@ -187,7 +186,7 @@ def bench_documents(model: VLM, name: str) -> list[Document]:
     """A committed batch: its image sizes and lengths, noise for contents."""
     draw, out = torch.Generator().manual_seed(0), []
     for d in BENCH[name]["documents"]:
-        plan = layout(tuple(d["size"]), model.recipe.visual, model.row.tile, model.row.side)
+        plan = layout(tuple(d["size"]), model.recipe.visual, model.spec.tile, model.spec.side)
         words = torch.randint(1, 256, (d["text"],), generator=draw)
         ids = torch.cat([torch.full((plan.length,), IMAGE), words])
         labels = torch.where(torch.arange(len(ids)) < len(ids) - d["supervised"], IGNORE, ids)
@@ -199,20 +198,20 @@ def bench_documents(model: VLM, name: str) -> list[Document]:
 
 def grids(model: VLM) -> dict[str, list[list[int]]]:
     """The peer writes a grid as its canvas in pixels, height first."""
-    R = model.row.tile
+    R = model.spec.tile
     pairs = parse_grids(model.recipe.visual.max_grid)
     return {"image_grid_pinpoints": [[b * R, a * R] for a, b in pairs]}
 
 
 def budget(model: VLM) -> str:
     """Its budget leaves the base view out: (4+1)T is anyres_max_4."""
-    T = model.row.side**2
+    T = model.spec.side**2
     return f"anyres_max_{parse_budget(model.recipe.visual.max_visual_tokens, T) // T - 1}"
 
 
 def peer_of(model: VLM, device: str = "cpu") -> LlavaOnevisionForConditionalGeneration:
     """LlavaOnevision with our weights (on "meta": without any)."""
-    row, words = model.row, model.tokenizer
+    row, words = model.spec, model.tokenizer
     blocks = model.encoder.visual.trunk.blocks
     vision = SiglipVisionConfig(
         hidden_size=row.width, intermediate_size=blocks[0].mlp.fc1.out_features,
@@ -273,7 +272,7 @@ def train_step(model: VLM, optimizer: torch.optim.Optimizer, documents: list, bu
     """A whole optimizer step; returns the mean loss over supervised tokens."""
     learned, total = sum(d.learned for d in documents), 0.0
     for packed in split(documents, budget):
-        losses = model(pack(packed, model.row.tile).to(model.newline.device))
+        losses = model(pack(packed, model.spec.tile).to(model.newline.device))
         (losses.sum() / learned).backward()
         total += losses.detach().sum() / learned
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -295,7 +294,7 @@ def stage_documents(model: VLM, name: str, most: int = 1000) -> list[Document]:
 
 def processor(model: VLM) -> LlavaOnevisionProcessor:
     """The peer's preprocessing at our tile, grids and budget."""
-    row = model.row
+    row = model.spec
     images = LlavaOnevisionImageProcessor(
         size={"height": row.tile, "width": row.tile}, image_mean=row.mean, image_std=row.std,
         **grids(model),

@@ -15,14 +15,12 @@ import yaml
 from launching import ROOT, command, write_recipe
 from safetensors.torch import load_file
 
+from nanollava.ablations import ablate, results, rows, verdicts
 from nanollava.anyres import layout
 from nanollava.evaluate import digits, read_lines
 from nanollava.metrics import f1
 from nanollava.recipe import read_recipe, used_sources
-from nanollava.sources import import_file, tool
 
-ablate, rows, verdicts = tool("ablate"), tool("rows"), tool("verdicts")
-results = import_file(str(ROOT / "recipes/results.py"))
 FILES = sorted((ROOT / "recipes/ablations").glob("*.yaml"))
 
 
@@ -421,7 +419,9 @@ def test_two_trainings_of_one_recipe_and_seed_are_counted_and_compared(monkeypat
 
 
 def test_the_page_of_results_is_that_of_the_lines():
-    assert (ROOT / "recipes/RESULTS.md").read_text() == results.page(), "python recipes/results.py"
+    assert (ROOT / "recipes/RESULTS.md").read_text() == results.page(), (
+        "python -m nanollava.ablations.results"
+    )
 
 
 def test_the_readme_says_what_the_page_of_results_says():

@@ -5,14 +5,14 @@ import re
 import pytest
 from launching import ROOT
 
+from nanollava.ablations import ledger
+from nanollava.ablations.rows import read_rows
 from nanollava.recipe import read_recipe
-from nanollava.sources import import_file, tool
 
 RECIPES = ROOT / "recipes"
 FILES = [*sorted(RECIPES.glob("blog/*.yaml")), *(
     RECIPES / f"{name}.yaml" for name in ("qwen05b", "qwen05b_release", "clip_l_336_vicuna7b")
 )]  # fmt: skip
-ledger = import_file(str(RECIPES / "ledger.py"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
@@ -40,13 +40,15 @@ def test_every_row_of_the_blog_stands_in_the_ledger_as_it_is_generated():
     rows = ledger.rows()
     for table, content in ledger.TABLES.items():
         assert {(table, i) for i in range(len(content["rows"]))} <= rows.keys(), table
-    assert (RECIPES / "LEDGER.md").read_text() == ledger.ledger(), "python recipes/ledger.py"
+    assert (RECIPES / "LEDGER.md").read_text() == ledger.ledger(), (
+        "python -m nanollava.ablations.ledger"
+    )
 
 
 def test_rows_set_what_the_blogs_tables_say():
     """Grid, budget and place of pooling, read from the tables' own columns."""
     for file in sorted((RECIPES / "ablations").glob("*.yaml")):
-        for name, row in tool("rows").read_rows(file, "full").items():
+        for name, row in read_rows(file, "full").items():
             content = ledger.TABLES.get(row.table, {"factors": []})
             recipe = read_recipe(row.base, row.keys)
             printed = dict(zip(content["factors"], content["rows"][row.blog], strict=False)

@@ -9,7 +9,7 @@ from open_clip import add_model_config
 from torch.nn import functional as F
 
 from nanollava import encoder
-from nanollava.encoder import ENCODERS, Row, build
+from nanollava.encoder import ENCODERS, EncoderSpec, build
 
 # Table 2 of the blog and the publishers' configs: parameters of the whole tower and T.
 BLOG = {
@@ -51,7 +51,7 @@ def test_so400m_has_the_activation_that_it_was_trained_with():
     assert len(blocks) == 26 and all(b.mlp.act.approximate == "tanh" for b in blocks)
 
 
-def plain_eva(state: dict, views: torch.Tensor, row: Row, post_norm: bool) -> torch.Tensor:
+def plain_eva(state: dict, views: torch.Tensor, row: EncoderSpec, post_norm: bool) -> torch.Tensor:
     """EVA's tower after its paper: absolute positions, pre-norm (8B) or post-norm (02-E)."""
 
     def norm(x, name):
@@ -111,7 +111,7 @@ def check(model, row, post_norm):
 @pytest.mark.parity
 def test_eva_8b_equals_plain_matrices():
     torch.manual_seed(0)
-    row = Row(56, 14, 64, 3, **encoder.CLIP, hub="BAAI/EVA-CLIP-8B", heads=2)
+    row = EncoderSpec(56, 14, 64, 3, **encoder.CLIP, hub="BAAI/EVA-CLIP-8B", heads=2)
     check(build(row, "random"), row, False)
 
 
@@ -134,12 +134,12 @@ def test_eva02_e_equals_plain_matrices(tmp_path):
     config = {"embed_dim": 16, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
     (tmp_path / f"{name}.json").write_text(json.dumps(config))
     add_model_config(tmp_path / f"{name}.json")
-    row = Row(56, 14, 64, 3, **encoder.CLIP, open_clip=name, heads=2)
+    row = EncoderSpec(56, 14, 64, 3, **encoder.CLIP, open_clip=name, heads=2)
     check(build(row, "random"), row, True)
 
 
 def test_evas_published_file_is_read_by_its_names(tmp_path):
-    row = Row(56, 14, 64, 2, **encoder.CLIP, hub="BAAI/EVA-CLIP-8B", heads=2)
+    row = EncoderSpec(56, 14, 64, 2, **encoder.CLIP, hub="BAAI/EVA-CLIP-8B", heads=2)
     source = scrambled(build(row, "random"))
     own = source.visual.state_dict()
     published = {f"visual.{k}": v.half().float() for k, v in own.items()}

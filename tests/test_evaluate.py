@@ -10,6 +10,7 @@ import torch
 from launching import ROOT
 
 from nanollava.anyres import Visual, open_image
+from nanollava.checkpoint import save
 from nanollava.evaluate import (
     add_line,
     answer_all,
@@ -21,7 +22,7 @@ from nanollava.evaluate import (
     weights_digest,
 )
 from nanollava.generate import Assistant, load
-from nanollava.model import VLM, save
+from nanollava.model import VLM
 from nanollava.prompts import Turn
 from nanollava.recipe import Task
 from nanollava.sources import import_file

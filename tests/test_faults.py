@@ -20,11 +20,11 @@ import torch
 from launching import check_equal_runs, finish, losses, start, stop_at, write_recipe
 from safetensors import SafetensorError
 
+from nanollava import checkpoint as parts
 from nanollava import files, runs
-from nanollava import model as parts
 from nanollava.data import shard_folder
 from nanollava.recipe import read_recipe
-from nanollava.train import Report, Student, train
+from nanollava.train import ComposerVLM, Report, train
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +95,14 @@ def test_a_disk_that_is_full_when_a_stage_ends(whole, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_no_number(whole, tmp_path, monkeypatch):
     """It names the samples and their sources, and the last checkpoint is of a step before it."""
-    forward, steps = Student.forward, [0]
+    forward, steps = ComposerVLM.forward, [0]
 
     def broken(self, packed):
         steps[0] += 1
         found = forward(self, packed)
         return found * torch.nan if steps[0] == 8 else found
 
-    monkeypatch.setattr(Student, "forward", broken)
+    monkeypatch.setattr(ComposerVLM, "forward", broken)
     told = r"stage1_5 step \d: the loss is nan \(mixed nan\); samples train-\d+, "
     stops(whole, tmp_path / "run", ValueError, told)
     assert "the loss is nan" in (tmp_path / "run/notes.txt").read_text()
@@ -114,7 +114,7 @@ def test_an_error_that_is_none_of_these_stays_what_it_is(whole, tmp_path, monkey
     def broken(*_):
         raise RuntimeError("another reason")
 
-    monkeypatch.setattr(Student, "forward", broken)
+    monkeypatch.setattr(ComposerVLM, "forward", broken)
     stops(whole, tmp_path / "run", RuntimeError, "another reason")
 
 

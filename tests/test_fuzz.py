@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nanollava.anyres import open_image
+from nanollava.extras.readers import LARGEST
 from nanollava.recipe import Source
-from nanollava.sources import records, tool
+from nanollava.sources import records
 
-LARGEST = tool("readers").LARGEST
 FEW, SLOW = 60, {"run's recipe", "run's config", "run's tokenizer", "weights", "ablation"}
 
 

@@ -28,16 +28,16 @@ from transformers import (
 import nanollava
 from nanollava.__main__ import run as command
 from nanollava.anyres import best_grid, parse_grids
+from nanollava.checkpoint import load, save
 from nanollava.encoder import ENCODERS, build
 from nanollava.evaluate import evaluate
+from nanollava.hf import llava_onevision as hf
+from nanollava.hf.export import difference
 from nanollava.llm import load_llm
-from nanollava.model import VLM, load, save
+from nanollava.model import VLM
 from nanollava.prompts import stop_ids
 from nanollava.recipe import Recipe
 from nanollava.sequence import pack
-from nanollava.sources import tool
-
-hf, difference = tool("hf"), tool("export").difference
 
 pytestmark = pytest.mark.parity
 GROUPED = replace(peer.TINY, kv_heads=2, tied=False)
@@ -240,7 +240,7 @@ def test_a_folder_that_transformers_made_gives_equal_logits(kind, tied, tmp_path
         inputs.pop("labels")
         with torch.no_grad():
             expected = theirs(**inputs).logits[0]
-            row = pack([document], model.row.tile)
+            row = pack([document], model.spec.tile)
             hidden = model.read(model.embed(row), row.positions, list(row.lengths))
             apart = (model.llm.lm_head(hidden) - expected).abs().max()
         print(f"{kind}: {apart:.1e}")
@@ -319,12 +319,12 @@ def test_what_llava_onevision_cannot_be_is_named(key, value, needed, written, tm
     visual = replace(recipe.visual, **{part: value}) if part != key else recipe.visual
     changed = replace(recipe, visual=visual, **({} if part != key else {key: value}))
     try:
-        model.recipe, model.row = changed, ENCODERS[changed.encoder]
+        model.recipe, model.spec = changed, ENCODERS[changed.encoder]
         told = f"{re.escape(f'{key} is {value!r}')}; expected {needed}"
         with pytest.raises(ValueError, match=told):
             hf.write(model, tmp_path / "out")
     finally:
-        model.recipe, model.row = recipe, ENCODERS[recipe.encoder]
+        model.recipe, model.spec = recipe, ENCODERS[recipe.encoder]
     assert not (tmp_path / "out").exists()
 
 
@@ -519,13 +519,13 @@ def test_each_published_tower_is_transformers_by_name_shape_and_activation(name,
     model = peer.ours(tmp_path)
     model.tokenizer.add_tokens(["<video>"])
     with torch.device("meta"):
-        model.row = ENCODERS[name]
-        model.encoder = build(model.row, "random")
+        model.spec = ENCODERS[name]
+        model.encoder = build(model.spec, "random")
         theirs = LlavaOnevisionForConditionalGeneration(hf.to_config(model, model.tokenizer))
     mine = {n: p for n, p in model.named_parameters() if n.startswith("encoder.")}
     found = {}
     for their, p in theirs.named_parameters():
-        ours = hf.our_name(their, model.row)
+        ours = hf.our_name(their, model.spec)
         if ours.startswith("encoder."):
             assert hf.part(their, mine[ours]).numel() == p.numel(), their
             found[ours] = found.get(ours, 0) + p.numel()
@@ -534,8 +534,8 @@ def test_each_published_tower_is_transformers_by_name_shape_and_activation(name,
     tower = theirs.model.vision_tower
     layers = getattr(tower, "vision_model", tower).encoder.layers
     for block, layer in zip(model.encoder.blocks, layers, strict=True):
-        act = block.mlp.act if model.row.tanh else block.mlp.gelu
+        act = block.mlp.act if model.spec.tanh else block.mlp.gelu
         assert (act(x) - layer.mlp.activation_fn(x)).abs().max() < 1e-6
         assert block.attn.num_heads == layer.self_attn.num_heads
-        norm = block.norm1 if model.row.tanh else block.ln_1
+        norm = block.norm1 if model.spec.tanh else block.ln_1
         assert norm.eps == layer.layer_norm1.eps

@@ -16,12 +16,10 @@ import nanollava.anyres
 import nanollava.model
 from nanollava.anyres import Visual, open_image
 from nanollava.encoder import Encoder, Row
+from nanollava.extras.video import open_video
 from nanollava.model import VLM
 from nanollava.prompts import Turn
 from nanollava.sequence import pack
-from nanollava.sources import tool
-
-open_video = tool("video").open_video
 
 TURNS = (Turn("user", "<image>\nwhat?", 1), Turn("assistant", "a frame 305"))
 ORIENTATION = 0x0112
@@ -213,7 +211,7 @@ def test_one_step_at_the_real_widths(monkeypatch, tmp_path, tiny_recipe, tokeniz
     visual = Visual("1x1", max_visual_tokens="128")
     torch.manual_seed(0)
     model = VLM(replace(tiny_recipe, encoder="wide", llm=llm, visual=visual))
-    assert model.row.side == 27 and model.projector[0].weight.shape == (1024, 1152)
+    assert model.spec.side == 27 and model.projector[0].weight.shape == (1024, 1152)
     document = model.writer()(TURNS, [open_image(photo())])
     assert document.layouts[0].side == 8 and document.views.shape == (2, 3, 384, 384)
     model.set_trainable("full")

@@ -16,12 +16,14 @@ from launching import ROOT, command
 from PIL import Image
 
 from nanollava.evaluate import Answer, read_lines
-from nanollava.sources import tool
 
 pytest.importorskip("lmms_eval", reason="the extra `eval` is not installed")
 from lmms_eval.evaluator import simple_evaluate  # noqa: E402
 from lmms_eval.tasks import TaskManager  # noqa: E402
-from nanollava_tools import benchmarks, judge, lmms  # noqa: E402
+
+from nanollava.ablations.rows import TABLES  # noqa: E402
+from nanollava.benchmarks import blog as benchmarks  # noqa: E402
+from nanollava.benchmarks import judge, lmms  # noqa: E402
 
 MANAGER = TaskManager("ERROR", include_path=str(ROOT / "recipes/eval"))
 PNGS = []
@@ -296,7 +298,7 @@ def test_failures_are_no_score_and_asked_again(mine, endpoint, capsys, tmp_path,
     before = len(endpoint.asked)
     assert before <= 4 * (3 + 3), "four threads: three may be under way when the third fails"
     judge.missed.clear()
-    tool("judge").missed.clear()
+    judge.missed.clear()
     endpoint.says = [GOOD]
     benchmarks.main(run, ["image_dc_en"])
     told = capsys.readouterr().out
@@ -317,7 +319,7 @@ def test_names_and_rows_that_are_none(mine):
 
 
 def test_the_blogs_columns_are_tasks_and_its_units():
-    blog = tool("rows").TABLES
+    blog = TABLES
     columns = {name for table in blog.values() for name in table["metrics"]} - {"avg", "scienceqa"}
     assert columns == {*benchmarks.BLOG}
     assert {column.task for column in benchmarks.BLOG.values()} <= {*MANAGER.all_tasks}

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, modeling_utils
 
+from nanollava.checkpoint import to_bf16
 from nanollava.encoder import ENCODERS
 from nanollava.llm import LLMS, config_of, load_llm, load_tokenizer
-from nanollava.model import VLM, to_bf16
+from nanollava.model import VLM
 from nanollava.prompts import Turn, encode
 from nanollava.recipe import Recipe
 

@@ -21,7 +21,8 @@ from nanollava.sources import import_file
 pytest.importorskip("lmms_eval", reason="the extra `eval` is not installed")
 from lmms_eval.evaluator import simple_evaluate  # noqa: E402
 from lmms_eval.tasks import TaskManager  # noqa: E402
-from nanollava_tools import lmms  # noqa: E402
+
+from nanollava.benchmarks import lmms  # noqa: E402
 
 world = import_file(str(ROOT / "recipes/nano/world.py"))
 MANAGER = TaskManager("ERROR", include_path=str(ROOT / "recipes/eval"))

@@ -21,15 +21,14 @@ from nanollava import generate
 from nanollava.anyres import Visual, layout
 from nanollava.cost import forward_flops, rates, step_flops
 from nanollava.encoder import build
+from nanollava.extras.why import attention
 from nanollava.generate import Assistant
+from nanollava.hf import llava_onevision as hf
 from nanollava.llm import load_tokenizer
 from nanollava.model import TRAIN, VLM
 from nanollava.prompts import Turn, encode
 from nanollava.recipe import with_visual
 from nanollava.sequence import Document, pack
-from nanollava.sources import tool
-
-hf, attention = tool("hf"), tool("why").attention
 
 pytestmark = pytest.mark.parity
 # Float32 itself: gradients of q and k are small differences of large numbers (3e-7 to 1.4e-6 seen).
@@ -102,11 +101,11 @@ def model(tmp_path_factory):
 def test_packed_equals_one_at_a_time(pair):
     model, _ = pair
     all_of_them = documents(model)
-    packed = pack(all_of_them, model.row.tile)
+    packed = pack(all_of_them, model.spec.tile)
     assert len({d.layouts[0].grid for d in all_of_them if d.layouts}) == 3
     loss = model(packed).mean()
     packed_gradients = gradients(model, loss)
-    rows = [model(pack([d], model.row.tile)) for d in all_of_them]
+    rows = [model(pack([d], model.spec.tile)) for d in all_of_them]
     alone = torch.cat(rows).mean()
     whole, worst = apart(packed_gradients, gradients(model, alone))
     print(f"packed, alone: loss {abs(loss - alone):.1e}, gradients {whole:.1e}, worst {worst:.1e}")
@@ -117,11 +116,11 @@ def test_packed_equals_one_at_a_time(pair):
 def test_first_step_equals_llava_onevision(pair):
     model, other = pair
     all_of_them = documents(model)
-    loss = model(pack(all_of_them, model.row.tile)).mean()
+    loss = model(pack(all_of_them, model.spec.tile)).mean()
     theirs = other(**peer.batch(model, all_of_them)).loss
     expected = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     for name, g in gradients(other, theirs).items():
-        place = hf.part(name, expected[hf.our_name(name, model.row)])
+        place = hf.part(name, expected[hf.our_name(name, model.spec)])
         place.copy_(g.view_as(place))
     whole, worst = apart(gradients(model, loss), expected)
     print(f"ours, peer: loss {abs(loss - theirs):.1e}, gradients {whole:.1e}, worst {worst:.1e}")
@@ -135,7 +134,7 @@ def test_padding_is_cut_as_in_the_peer(pair):
     for size in ((75, 75), (400, 75), (75, 300), (151, 149), (31, 220), (230, 64)):
         document = model.writer()(talk("what is it?", "a page"), [noise(size)])
         with torch.no_grad():
-            loss = model(pack([document], model.row.tile)).mean()
+            loss = model(pack([document], model.spec.tile)).mean()
             theirs = other(**peer.batch(model, [document])).loss
         assert abs(loss - theirs) < 2e-6, size
 
@@ -162,7 +161,7 @@ def test_documents_do_not_see_each_other(model):
     after = [*before]
     after[1] = replace(after[1], ids=after[1].ids.clone(), views=255 - after[1].views)
     after[1].ids[-9] = 7
-    packs = [pack(d, model.row.tile) for d in (before, after)]
+    packs = [pack(d, model.spec.tile) for d in (before, after)]
     others = packs[0].owner != 1
     with torch.no_grad():
         a, b = (logits(model, partial(model, p)) for p in packs)
@@ -248,7 +247,7 @@ def test_chat_equals_the_peer_and_reuses_the_image(speakers):
     assert chat(image, first) == expected[0]
     assert assistant.seen.reused == 0
     assert chat(image, second) == expected[1]
-    plan = layout(image.size, model.recipe.visual, model.row.tile, model.row.side)
+    plan = layout(image.size, model.recipe.visual, model.spec.tile, model.spec.side)
     assert plan.length < assistant.seen.reused < len(assistant.seen.document.ids)
     history = [(first, "a page")]
     assert chat(image, second, history) == expected[2]
@@ -307,7 +306,7 @@ def test_where_an_answer_looked_equals_eager_attention(speakers):
     assistant.chat(noise((224, 140), 1), "what is it?", max_new_tokens=6)
     seen = assistant.seen
     ids = torch.cat([seen.document.ids, torch.tensor(seen.written)])
-    row = pack([replace(seen.document, ids=ids, labels=ids)], model.row.tile)
+    row = pack([replace(seen.document, ids=ids, labels=ids)], model.spec.tile)
     eager.set_attn_implementation("eager")
     layers = eager.model(
         inputs_embeds=model.embed(row), position_ids=row.positions, output_attentions=True
@@ -322,7 +321,7 @@ def test_where_an_answer_looked_equals_eager_attention(speakers):
 
 def test_views_and_tokens_equal_the_processor(model):
     """Through the processor's public door, on a few hundred sizes of every shape."""
-    row, visual, process = model.row, model.recipe.visual, peer.processor(model)
+    row, visual, process = model.spec, model.recipe.visual, peer.processor(model)
     sizes = np.random.default_rng(0).integers(20, 400, (240, 2)).tolist()
     sizes += [(400, 20), (20, 400), (75, 75), (150, 75), (151, 149), (375, 75), (391, 10)]
     for size in map(tuple, sizes):
@@ -352,9 +351,9 @@ def test_counted_flops_are_the_useful_ones(model, train, after):
     model.recipe = replace(model.recipe, visual=visual)
     model.set_trainable(train)
     all_of_them = documents(model)
-    packed = pack(all_of_them, model.row.tile)
+    packed = pack(all_of_them, model.spec.tile)
     counted = peer.count(lambda: model(packed).mean().backward())
-    forward = forward_flops(rates(model), all_of_them, model.row.side**2, after)
+    forward = forward_flops(rates(model), all_of_them, model.spec.side**2, after)
     useful = step_flops(forward, TRAIN[train])
     print(f"{train}: counted {counted:,}, useful {useful:,}, {counted / useful - 1:+.2%}")
     assert abs(counted / useful - 1) < 0.01
@@ -367,7 +366,7 @@ def test_a_step_computes_less_than_the_padded_peer(tmp_path, monkeypatch, name, 
     four = peer.bench_documents(model, name)
     lengths = [len(d.ids) for d in four]
     assert abs(1 - sum(lengths) / (4 * max(lengths)) - waste) < 0.01
-    forward = forward_flops(rates(model), four, model.row.side**2, after=True)
+    forward = forward_flops(rates(model), four, model.spec.side**2, after=True)
     mine = step_flops(forward, TRAIN["full"])  # exact: see above
     views, other = sum(len(d.views) for d in four), peer.peer_of(model, "meta")
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # "meta" has none

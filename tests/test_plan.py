@@ -11,13 +11,12 @@ from peer import stage_documents
 
 from nanollava.cost import forward_flops
 from nanollava.data import prepare
+from nanollava.extras import plan as PLAN
 from nanollava.model import VLM
 from nanollava.recipe import Source, Stage, read_recipe
 from nanollava.sequence import pack
-from nanollava.sources import tool
-from nanollava.train import Student
+from nanollava.train import ComposerVLM
 
-PLAN = tool("plan")
 Sketch, memory, padding, parts_of = PLAN.Sketch, PLAN.memory, PLAN.padding, PLAN.parts_of
 plan, sketches = PLAN.plan, PLAN.sketches
 
@@ -37,7 +36,7 @@ def test_tokens_and_flops_are_those_of_the_documents(tiny, name):
     assert found["learned"] == pytest.approx(sum(d.learned for d in real) / n)
     model = VLM(tiny, "random")
     model.set_trainable(tiny.stages[name].train)
-    flops = Student(model, tiny.stages[name]).flops_per_batch(real)
+    flops = ComposerVLM(model, tiny.stages[name]).flops_per_batch(real)
     assert found["flops"] == pytest.approx(flops * found["steps"] * 4 / n)
 
 
@@ -78,7 +77,7 @@ def test_activations_are_those_that_autograd_keeps(train, again):
     model.encoder.plain = False  # the plain kernel keeps the attention matrix, too
     model.encoder.visual.conv1.requires_grad_(False)
     several = stage_documents(model, "stage2", 12)
-    packed = pack(several, model.row.tile)
+    packed = pack(several, model.spec.tile)
     stage = Stage(train=train, checkpoint_activations=again, microbatch_tokens=1, batch_size=1)
     total = {"positions": len(packed.ids), "views": len(packed.views), "learned": packed.learned,
              "longest": len(packed.ids)}  # fmt: skip

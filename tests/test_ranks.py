@@ -13,9 +13,9 @@ from streaming.base.batching import generate_work
 from streaming.base.world import World
 
 from nanollava.data import ORDER, Documents
+from nanollava.extras.plan import sketches as sketches_of_plan
 from nanollava.recipe import read_recipe
 from nanollava.sequence import Writer, split
-from nanollava.sources import tool
 
 BATCH, WORKERS, NODE = 256, 2, 8  # samples a step, loader workers a process, processes a node
 COUNTS = [1, 16, 256]
@@ -40,7 +40,7 @@ def lengths(n: int) -> np.ndarray:
     """Positions of documents as `plan` takes LLaVA-NeXT's to be, words of any number."""
     recipe, draw = read_recipe(ROOT / "recipes/qwen05b.yaml"), np.random.default_rng(0)
     writer = Writer(None, recipe.visual, 384, 27, recipe.template)
-    assumed, *_ = tool("plan").sketches(recipe, "llava_next_779k", writer)
+    assumed, *_ = sketches_of_plan(recipe, "llava_next_779k", writer)
     text = recipe.sources["llava_next_779k"].assume.text
     visual = draw.choice([len(sketch.ids) - text for sketch in assumed], n)
     return visual + draw.gamma(2, text / 2, n).astype(int)

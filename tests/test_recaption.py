@@ -9,11 +9,11 @@ from launching import ROOT, command
 
 import nanollava
 from nanollava.evaluate import Answer
+from nanollava.extras import recaption
 from nanollava.generate import Assistant
 from nanollava.recipe import Source
-from nanollava.sources import images_of, import_file, records, tool
+from nanollava.sources import images_of, import_file, records
 
-recaption = tool("recaption")
 WORLD = f"{ROOT}/recipes/nano/world.py"
 
 

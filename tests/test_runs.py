@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from nanollava.extras.reference import write_reference
 from nanollava.runs import (
+    LossBand,
     add_losses,
     check_run,
     keep_losses,
@@ -16,10 +18,7 @@ from nanollava.runs import (
     read_losses,
     weights_only,
 )
-from nanollava.sources import tool
 from nanollava.train import Report
-
-course = tool("course")
 
 
 @pytest.fixture
@@ -79,14 +78,14 @@ def test_the_band_lies_around_the_means_of_ten_steps(tmp_path):
             ("stage1", step, source, loss, 9, 1e-3, 0.1)
             for step, loss in enumerate(losses, 1) for source in ("short", "all")
         ])  # fmt: skip
-    course.write_reference([tmp_path / "a", tmp_path / "b"], out := tmp_path / "reference.csv")
-    expected = course.Course(str(out), "stage1", 11)
+    write_reference([tmp_path / "a", tmp_path / "b"], out := tmp_path / "reference.csv")
+    expected = LossBand(str(out), "stage1", 11)
     told = [expected.tell(step, 2.5) for step in range(1, 13)]
     assert told[0] == "loss 2.500 (expected 1.90-3.15)"  # 2 - 5%, 3 + 5%
     assert told[10] == "loss 2.500 (expected 1.80-3.26)"  # means 1.9 and 3.1
     assert told[11] == "loss 2.500"  # the reference ends at step 11
-    for none in (course.Course(str(out), "stage2", 11), course.Course("", "stage1", 11),
-                 course.Course(str(out), "stage1", 12)):  # fmt: skip
+    for none in (LossBand(str(out), "stage2", 11), LossBand("", "stage1", 11),
+                 LossBand(str(out), "stage1", 12)):  # fmt: skip
         assert none.tell(1, 1) == "loss 1.000"  # another schedule has other losses
 
 
@@ -109,13 +108,13 @@ def test_checkpoints_every_interval_and_before_stopping_but_not_at_the_end(step,
 
 
 def test_a_loss_that_jumps_is_told_with_its_sources():
-    watch = course.Course("", "stage1", 99)
+    watch = LossBand("", "stage1", 99)
     calm = [1.0, 1.2, 0.8, 1.1, 0.9] * 4
     assert not any(watch.odd(loss, {}) for loss in [9.0, *calm]), "too few before, or all alike"
     told = watch.odd(3.0, {"pages": 1.0, "films": 9.25})
     assert told == "the loss jumps to 3 from 1 +- 0.14 (pages 1, films 9.25)"
     assert not watch.odd(1.3, {}) and "nan" in watch.odd(float("nan"), {})
-    flat = course.Course("", "stage1", 99)
+    flat = LossBand("", "stage1", 99)
     assert not any(flat.odd(loss, {}) for loss in [*[1.0] * 25, 1.1]), "many deviations, no jump"
     assert flat.odd(1.5, {})
 

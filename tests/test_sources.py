@@ -30,11 +30,10 @@ from streaming import StreamingDataset
 
 from nanollava import data, files
 from nanollava.data import make_loader, prepare, prepare_source, shard_folder, split_images
+from nanollava.extras import readers
 from nanollava.recipe import Recipe, Source, Stage, read_recipe
 from nanollava.sequence import Writer
-from nanollava.sources import function_of, images_of, import_file, records, tool
-
-readers = tool("readers")
+from nanollava.sources import function_of, images_of, import_file, records
 
 ROOT = Path(__file__).parents[1]
 OWN = ROOT / "recipes" / "nano" / "own_source.py"
@@ -504,7 +503,7 @@ def test_without_a_network_the_advice_is_a_copy(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_while_fetching_is_told_as_such():
-    with pytest.raises(OSError) as error, files.fetching("a", "b"):
+    with pytest.raises(OSError) as error, files.explain_failed_download("a", "b"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert error.value.errno == errno.ENOSPC
 

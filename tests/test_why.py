@@ -8,12 +8,10 @@ import torch
 from PIL import Image
 
 from nanollava.anyres import Visual, layout
+from nanollava.extras import why
 from nanollava.generate import Assistant
 from nanollava.model import VLM
 from nanollava.pooling import add_newlines, as_maps, pool
-from nanollava.sources import tool
-
-why = tool("why")
 
 SETTINGS = [
     {"max_grid": "base"}, {}, {"arrange": "flat"}, {"max_visual_tokens": "4T"},

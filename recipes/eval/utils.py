@@ -13,9 +13,9 @@ from threading import RLock
 from types import ModuleType, SimpleNamespace
 
 import lmms_eval.tasks
-from nanollava_tools import judge
 from PIL import Image
 
+from nanollava.benchmarks import judge
 from nanollava.sources import import_file
 
 mean, total = judge.mean, sum

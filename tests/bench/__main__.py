@@ -50,9 +50,9 @@ def run(name: str) -> list[tuple[str, list[str]]]:
 
 def commit() -> str:
     """The commit that is measured, as results of ablations name theirs."""
-    from nanollava.sources import tool
+    from nanollava.runs import commit
 
-    return tool("environment").commit()
+    return commit()
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def speed(model: VLM, name: str) -> float:
     """Useful FLOPs a second of a stage's steps."""
     stage, keys = model.recipe.stages[name], model.recipe.visual
     some = peer.stage_documents(model, name, 16)
-    forward = forward_flops(rates(model), some, model.row.side**2, keys.pool_after_projector)
+    forward = forward_flops(rates(model), some, model.spec.side**2, keys.pool_after_projector)
     model.set_trainable(stage.train)
     return step_flops(forward, TRAIN[stage.train]) / seconds(model, some)
 

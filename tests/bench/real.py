@@ -21,12 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import peer  # noqa: E402
 
 from nanollava.anyres import open_image  # noqa: E402
+from nanollava.extras.plan import memory
 from nanollava.prompts import Turn  # noqa: E402
 from nanollava.recipe import Stage  # noqa: E402
 from nanollava.sequence import pack  # noqa: E402
-from nanollava.sources import tool  # noqa: E402
-
-memory = tool("plan").memory
 
 PHOTO = Path(matplotlib.get_data_path(), "sample_data/grace_hopper.jpg")  # 512 x 600, NASA
 ANSWER = "A woman in uniform stands before a flag. " * 8
@@ -50,7 +48,7 @@ def step(name: str) -> None:
     document = writer(turns, [open_image(PHOTO)])
     optimizer = torch.optim.AdamW(model.groups(2e-5, 2e-6, 2e-5, 0.0), fused=True)
     begin = time.perf_counter()
-    loss = model(pack([document], model.row.tile)).mean()
+    loss = model(pack([document], model.spec.tile)).mean()
     loss.backward()
     optimizer.step()
     seconds = time.perf_counter() - begin

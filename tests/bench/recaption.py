@@ -18,10 +18,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import peer  # noqa: E402
 from contest import Row, race, ratio, told  # noqa: E402
 
+from nanollava.extras.recaption import PROMPT  # noqa: E402
 from nanollava.generate import Assistant  # noqa: E402
 from nanollava.prompts import Turn  # noqa: E402
 from nanollava.sequence import Document  # noqa: E402
-from nanollava.sources import tool  # noqa: E402
 
 ROOM = 48  # captions are longer; of four images and 32 tokens the prompt takes nearly all the time
 MIXED = [(320, 240), (640, 480), (480, 800), (1024, 768), (900, 300), (1200, 1600), (768, 768),
@@ -34,7 +34,7 @@ def main() -> list[Row]:
     visual = replace(peer.MOSAIC, max_grid="6x6", max_visual_tokens="(9+1)T")
     with tempfile.TemporaryDirectory() as folder:
         model = peer.ours(Path(folder), peer.QUARTER, visual)
-    other, ask = peer.peer_of(model), tool("recaption").PROMPT
+    other, ask = peer.peer_of(model), PROMPT
     turn = [Turn("user", f"<image>\n{ask}", 1)]
     writer, assistant = model.writer(), Assistant(model)
     rows = []

@@ -39,7 +39,7 @@ def compare(name: str, target: float) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         model = peer.bench_model(Path(folder), name).train()
     other, documents = peer.peer_of(model).train(), peer.bench_documents(model, name)
-    packed, padded = pack(documents, model.row.tile), peer.batch(model, documents)
+    packed, padded = pack(documents, model.spec.tile), peer.batch(model, documents)
 
     def theirs() -> tuple[float, float]:
         loss = other(**padded).loss

@@ -53,7 +53,7 @@ def bare(model: VLM, documents: list, stage) -> list[float]:
         for group in optimizer.param_groups:  # Composer's cosine lags a step behind
             group["lr"] = stage.lr * (1 + cos(pi * max(step - 1, 0) / STEPS)) / 2
         for part in split(documents, stage.microbatch_tokens):
-            row = pack(part, model.row.tile)
+            row = pack(part, model.spec.tile)
             losses = model(row)
             (losses.mean() * row.learned / total).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

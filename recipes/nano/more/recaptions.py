@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from nanollava.extras import recaption
 from nanollava.generate import load
-from nanollava.sources import import_file, tool
+from nanollava.sources import import_file
 
 PROMPT = "Describe the image in detail."  # as the nano model knows it
-recaption, HERE = tool("recaption"), Path(__file__).parents[1]
+HERE = Path(__file__).parents[1]
 world = import_file(f"{HERE}/world.py")
 
 

@@ -18,11 +18,9 @@ from itertools import islice
 from math import ceil
 from timeit import repeat
 from types import SimpleNamespace
-from typing import Annotated
 
 import psutil
 import torch
-import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +33,7 @@ from nanollava.llm import load_llm, load_tokenizer
 from nanollava.model import TRAIN
 from nanollava.projector import Projector
 from nanollava.prompts import read_turns
-from nanollava.recipe import Recipe, Stage, read_recipe
+from nanollava.recipe import Recipe, Stage
 from nanollava.runs import steps_of
 from nanollava.sequence import Writer
 from nanollava.sources import records
@@ -122,7 +120,7 @@ def memory(
     sizes = {n: sum(p.numel() for p in getattr(parts, n).parameters())
              for n in ("encoder", "projector", "llm")}  # fmt: skip
     trained = sum(n for part, n in sizes.items() if part in TRAIN[stage.train])
-    config, row, share = parts.llm.config, parts.row, devices if recipe.shard else 1
+    config, row, share = parts.llm.config, parts.spec, devices if recipe.shard else 1
     batch = stage.batch_size / devices * mean["positions"]
     positions = max(min(stage.microbatch_tokens, batch), mean["longest"])  # of the largest pack
     part = positions / mean["positions"]  # documents in it
@@ -171,7 +169,7 @@ def cpu_peak() -> float:
 def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, rate: dict[str, int],
                device: str, devices: int, speed: float) -> dict:  # fmt: skip
     """One stage's samples, steps, tokens, FLOPs, memory and hours; `speed`: FLOP/s in all."""
-    stage, row, room = recipe.stages[name], parts.row, DEVICES[device][1]
+    stage, row, room = recipe.stages[name], parts.spec, DEVICES[device][1]
     visual = recipe.visual_of(stage)
     writer = Writer(None, visual, row.tile, row.side, stage.template or recipe.template,
                     recipe.label_mask, recipe.max_length)  # fmt: skip
@@ -241,16 +239,9 @@ def show(stages: dict[str, dict], title: str) -> None:
             print(f"{name} does not fit. Change: {x['change']}")
 
 
-def main(
-    recipe: Annotated[str, typer.Argument(help="A recipe, e.g. recipes/nano.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
-    device: Annotated[str, typer.Option(help="h200, h100, a100, 4090 or cpu")] = "h200",
-    devices: Annotated[int, typer.Option(min=1, help="how many of them")] = 1,
-    share: Annotated[float, typer.Option(help="of the peak that is hoped for")] = 0.4,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
-) -> None:  # fmt: skip
-    """Tell a run's tokens, FLOPs, memory and hours before it starts."""
-    stages = plan(read_recipe(recipe, overrides), device, devices, share)
+def print_plan(recipe: Recipe, device: str, devices: int, share: float, as_json: bool) -> None:
+    """Print a run's tokens, FLOPs, memory and hours, as a table or as JSON."""
+    stages = plan(recipe, device, devices, share)
     if as_json:
         print(json.dumps(stages, indent=1))
     else:

@@ -11,10 +11,8 @@ same command goes on where it was stopped. What cannot be scored is named with i
 import difflib
 import os
 import re
-import sys
-from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from nanollava.evaluate import add_line, ranks, read_lines
-from nanollava.sources import tool
+from nanollava.ablations.rows import TABLES
 
-FOLDER = Path(__file__).parents[1] / "eval"
 TOKENS = 4  # characters of English, about
 PICTURE = 765  # tokens of one, at OpenAI's high detail
 
@@ -123,51 +119,13 @@ def judge_of(task: str) -> dict[str, str]:
     """What a judged task's score depends on besides; ValueError where it cannot be had."""
     if not (column := judge_column(task)):
         return {}
+    from nanollava.benchmarks import judge
+
     own = sorted((f.name, f.stat().st_size) for f in own_images(task).glob("*"))
     if not column.judged[0] and not own:
         raise ValueError(f"put your images into {own_images(task)}")
     url = os.environ.get("OPENAI_API_URL", "")
-    return {"judge": tool("judge").judge_id(), "endpoint": url, "images": f"{own}"}
-
-
-def load(task: str, manager: Any) -> Any:
-    """lmms-eval's task with its data; ValueError for data without a column that it reads."""
-    from lmms_eval.api.task import ConfigurableTask
-    from lmms_eval.tasks import get_task_dict
-    from tenacity import stop_after_attempt
-
-    for part in (ConfigurableTask.download, ConfigurableTask.process_results):
-        part.retry.stop, part.retry.reraise = stop_after_attempt(1), True  # the reason, at once
-    found = get_task_dict([task], manager, "chat")[task]
-    target, columns = found.config.doc_to_target, found.eval_docs_no_media.column_names
-    if isinstance(target, str) and target.isidentifier() and target not in columns:
-        raise ValueError(f"its data have no column {target!r}, only {columns}")
-    return found
-
-
-def score(model: Any, task: str, manager: Any, limit: int, folder: Path) -> dict[str, Any]:
-    """Metric -> value of one task, as lmms-eval's evaluator finds them."""
-    from lmms_eval.evaluator import simple_evaluate
-
-    judged, model.wrong = bool(judge_column(task)), []
-    args = Namespace(process_with_media=False, output_path=str(folder))  # answers need no images
-    found = simple_evaluate(
-        model=model, tasks=[load(task, manager)], limit=limit or None, batch_size=1,
-        bootstrap_iters=0, log_samples=True, verbosity="ERROR", cli_args=args,
-        process_docs_parallel=4 if judged else 1,  # some tasks guess at random
-        distributed_executor_backend="torchrun",  # accelerate knows no second process on a CPU
-    )  # fmt: skip
-    if found is None:  # the first process has them
-        return {}
-    values: dict[str, Any] = {"n": len(found["samples"][task]), "unreadable images": model.wrong}
-    for name, value in found["results"][task].items():
-        metric = name.split(",")[0]
-        if isinstance(value, int | float) and "stderr" not in metric:
-            values[metric] = float(value)
-    if judged:
-        judges = {row["judge_score"]["model"] for row in found["samples"][task]} - {""}
-        values["judges"] = sorted(judges)
-    return values
+    return {"judge": judge.judge_id(), "endpoint": url, "images": f"{own}"}
 
 
 def value_of(column: Column, values: dict) -> float | None:
@@ -180,10 +138,9 @@ def value_of(column: Column, values: dict) -> float | None:
 def row_of(beside: str) -> tuple[dict[str, Any], str]:
     """'T4:0' -> that row of the blog's by column, and what it is."""
     name, _, place = beside.partition(":")
-    tables = tool("rows").TABLES
-    if name not in tables or not place.isdigit() or int(place) >= len(tables[name]["rows"]):
+    if name not in TABLES or not place.isdigit() or int(place) >= len(TABLES[name]["rows"]):
         raise ValueError(f"--beside {beside!r}: expected TABLE:ROW, like T4:0, rows from 0 on")
-    table = tables[name]
+    table = TABLES[name]
     row = zip([*table["factors"], *table["metrics"]], table["rows"][int(place)], strict=True)
     return (found := dict(row)), ", ".join([name, *(f"{found[key]}" for key in table["factors"])])
 
@@ -212,7 +169,9 @@ def show(rows: dict[str, dict], reasons: dict[str, str], beside: str, limit: int
 
 def ours(task: str, values: dict, limit: int, table: str) -> tuple[str, str]:
     """Our cell, and what is to be said about it."""
-    known, states = column_of(task), tool("judge").STATES
+    from nanollava.benchmarks import judge
+
+    known, states = column_of(task), judge.STATES
     notes = [f"the first {values['n']:g}"] if limit else []
     if task == "mme" and table in ("T2", "T3"):  # as blog.json's notes say
         known = replace(known, metric="mme_perception_score", unit=100 / 2000)
@@ -225,47 +184,3 @@ def ours(task: str, values: dict, limit: int, table: str) -> tuple[str, str]:
         notes.append(f"{len(wrong)} unreadable, counted as wrong: {', '.join(wrong[:3])}")
     others = [f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float) and k not in states]
     return (f"{value:.1f}" if value is not None else ", ".join(others)), "; ".join(notes)
-
-
-def scored(model: Any, task: str, manager: Any, asked: dict[str, Any], file: Path) -> dict:
-    """A task's values, as they were measured before or now."""
-    tell_price(task, asked["limit"])
-    key = {"task": task, **judge_of(task), **asked}
-    found = next((row for row in read_lines(file) if key.items() <= row.items()), None)
-    if found is None:
-        found = {**key, "values": score(model, task, manager, asked["limit"], file.parent)}
-        if found["values"] and not found["values"].get("failed"):  # else it is asked again
-            add_line(file, found)
-    return found["values"]
-
-
-def main(run: Path, names: Sequence[str], limit: int = 0, beside: str = "T4:0") -> None:
-    """Score a run on benchmarks; goes on where it was stopped."""
-    if not run.is_dir():
-        raise FileNotFoundError(f"{run} is no folder: give a run's, or a LlavaOnevision's")
-    try:
-        from lmms_eval.tasks import TaskManager
-        from loguru import logger
-        from nanollava_tools.lmms import Nanollava
-    except ImportError as error:
-        raise ValueError(f"{error}: benchmarks need the extra `eval`: "
-                         "pip install lmms-eval==0.7.3 levenshtein") from error  # fmt: skip
-    logger.remove()
-    logger.add(sys.stderr, level="WARNING")
-    row_of(beside)  # what is wrong with it is told now
-    rank, world = ranks()
-    manager, rows, reasons = TaskManager("ERROR", include_path=str(FOLDER)), {}, {}
-    tasks = chosen(names, manager.all_subtasks)
-    model = Nanollava(str(run), answers=str(run))
-    visual = asdict(model.writers["image"].visual)
-    asked = {"weights": model.weights, "limit": limit, "visual": visual}
-    for task in tasks:
-        try:
-            rows[task] = scored(model, task, manager, asked, run / "benchmarks.jsonl")
-        except (Exception, SystemExit) as error:  # a task is foreign code; the others go on
-            if world > 1:
-                raise  # the other processes would wait for this one
-            told = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-            reasons[task] = f"{told}{error}".split("\n")[0][:200] or type(error).__name__
-    if rank == 0:
-        show(rows, reasons, beside, limit)

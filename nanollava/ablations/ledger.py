@@ -1,16 +1,16 @@
 """The faithfulness ledger: every row of the blog's tables, the recipe that repeats it, and what
 differs from the blog or from its released code, read off the recipe's resolved keys.
 
-    python recipes/ledger.py        # writes recipes/LEDGER.md
+    python -m nanollava.ablations.ledger        # writes recipes/LEDGER.md
 """
 
 from pathlib import Path
 
+from nanollava.ablations import rows as rows_of
+from nanollava.files import repository_file
 from nanollava.recipe import Recipe, read_recipe, used_sources
-from nanollava.sources import tool
 
-HERE = Path(__file__).parent
-rows_of = tool("rows")
+RECIPES = repository_file("ablations").parent
 TABLES = rows_of.TABLES
 QWEN = ("0.5b", "1.8b", "4b", "7b", "14b", "32b", "72b", "110b")
 FILES = {  # rows that are recipes of their own
@@ -74,8 +74,12 @@ def rows() -> dict[tuple[str, int], tuple[str, str, str]]:
     found, folders = {}, {}
     for table, files in FILES.items():
         for i, file in enumerate(files):
-            found[table, i] = (Path(file).stem, command(file, []), told(read_recipe(HERE / file)))
-    for file in sorted((HERE / "ablations").glob("*.yaml")):
+            found[table, i] = (
+                Path(file).stem,
+                command(file, []),
+                told(read_recipe(RECIPES / file)),
+            )
+    for file in sorted((RECIPES / "ablations").glob("*.yaml")):
         for name, row in rows_of.read_rows(file, "full").items():
             keys, place = list(row.keys), f"{row.table}_{row.blog}"
             recipe = read_recipe(row.base, keys)
@@ -86,7 +90,7 @@ def rows() -> dict[tuple[str, int], tuple[str, str, str]]:
             if row.infer:
                 asked = "max_grid: {max_grid}, max_visual_tokens: {max_visual_tokens}"
                 keys.append(f"settings.{place}={{{asked.format(**row.infer)}}}")
-            typed, letters = command(str(row.base.relative_to(HERE)), keys), told(recipe)
+            typed, letters = command(str(row.base.relative_to(RECIPES)), keys), told(recipe)
             if row.missing:
                 typed, letters = f"data {row.missing}", ""
             found[row.table, row.blog] = (name, typed, letters)
@@ -101,7 +105,7 @@ def told(recipe: Recipe) -> str:
 def ledger() -> str:
     """The page."""
     found, remarks = rows(), dict(REMARKS)
-    for file in (HERE / "ablations").glob("*.yaml"):
+    for file in (RECIPES / "ablations").glob("*.yaml"):
         tree = rows_of.read_ablation(file)
         if tree.note:
             remarks[tree.blog] = tree.note
@@ -109,8 +113,8 @@ def ledger() -> str:
         "# The faithfulness ledger",
         "",
         "Every row of the blog's tables: what it printed, the command that trains it, and where it "
-        "differs from the blog or from its released code, read off the resolved recipe by `python "
-        "recipes/ledger.py`. **Ours: not run**, in every row: this was built without a GPU or a "
+        "differs from the blog or from its released code, read off the resolved recipe by `python -m "
+        "nanollava.ablations.ledger`. **Ours: not run**, in every row: this was built without a GPU or a "
         "download; `evaluate RUN --tasks blog --beside T1:0` scores one. Rows that need several "
         "GPUs want `composer -n N`; nano results are in the notebooks and in RESULTS.md.",
         "",
@@ -131,4 +135,4 @@ def ledger() -> str:
 
 
 if __name__ == "__main__":
-    (HERE / "LEDGER.md").write_text(ledger())
+    (RECIPES / "LEDGER.md").write_text(ledger())

@@ -26,7 +26,7 @@ from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.utils import filter_repo_objects
 
-from nanollava.files import fetching
+from nanollava.files import explain_failed_download
 
 HUB = "hf://datasets/"
 BROKEN = (OSError, ValueError, EOFError, RuntimeError, zlib.error, tarfile.TarError,
@@ -63,7 +63,9 @@ def locate(where: str) -> list[Path]:
     """
     (dataset, patterns), root, files = split_where(where), Path(), []
     if dataset:
-        with fetching(f"datasets/{dataset}: {' + '.join(patterns)}", "its source's KIND:./path"):
+        with explain_failed_download(
+            f"datasets/{dataset}: {' + '.join(patterns)}", "its source's KIND:./path"
+        ):
             root = snapshot_download(dataset, repo_type="dataset", allow_patterns=patterns)
     for place in (Path(root, pattern) for pattern in patterns):
         names = glob(str(place / "**" if place.is_dir() else place), recursive=True)
@@ -78,7 +80,7 @@ def weigh(where: str) -> tuple[int, int]:
     """Bytes of the files of WHERE, and of those that are still to be fetched."""
     dataset, patterns = split_where(where)
     try:
-        with fetching(dataset, ""):
+        with explain_failed_download(dataset, ""):
             files = HfApi().dataset_info(dataset, files_metadata=True).siblings if dataset else ()
     except FileNotFoundError:
         dataset = ""  # `locate` looks into the cache, or says what to do

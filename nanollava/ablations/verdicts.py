@@ -25,11 +25,10 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import ttest_1samp
 
+from nanollava.ablations import rows as rows_of
 from nanollava.evaluate import DIGITS
 from nanollava.metrics import METRICS
-from nanollava.sources import tool
 
-rows_of = tool("rows")
 SAME, OPPOSITE, OPEN, WAITS = WORDS = (
     "same direction", "opposite", "not resolved", "waits for seeds")  # fmt: skip
 HOLDS = ("above", "at_most", "within", "beyond")

@@ -34,7 +34,7 @@ def attention(model: Any, document: Document, written: list[int]) -> Tensor:
     if not written:
         raise ValueError("the answer is empty: nothing looked anywhere")
     start, ids = len(document.ids), torch.cat([document.ids, torch.tensor(written)])
-    row = pack([replace(document, ids=ids, labels=ids)], model.row.tile).to(model.newline.device)
+    row = pack([replace(document, ids=ids, labels=ids)], model.spec.tile).to(model.newline.device)
     layers: list[tuple[Tensor, Tensor]] = []
     with model.autocast():
         model.read(model.embed(row), row.positions, list(row.lengths), packed_watch=layers)

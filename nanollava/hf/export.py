@@ -11,12 +11,10 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from nanollava.model import load
+from nanollava.checkpoint import load
+from nanollava.hf import llava_onevision as hf
 from nanollava.prompts import PLACEHOLDER, Turn
 from nanollava.sequence import pack
-from nanollava.sources import tool
-
-hf = tool("hf")
 
 
 def reopen(folder: str | Path) -> tuple[nn.Module, Any]:
@@ -32,7 +30,7 @@ def difference(model: Any, folder: str | Path) -> float:
     float32, on a fixed image and question. Raises ValueError where the tokens differ already.
     """
     theirs, process = reopen(folder)
-    R, text, draw = model.row.tile, "What is it?", torch.Generator().manual_seed(0)
+    R, text, draw = model.spec.tile, "What is it?", torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (3 * R // 2, 5 * R // 2, 3), dtype=torch.uint8, generator=draw)
     image = Image.fromarray(pixels.numpy())
     talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
@@ -50,7 +48,7 @@ def difference(model: Any, folder: str | Path) -> float:
     return (theirs(**inputs).logits[0, :, : mine.shape[1]] - mine).abs().max().item()
 
 
-def main(run: Path, out: Path) -> None:
+def export(run: Path, out: Path) -> None:
     """Write a run as a LlavaOnevision folder for plain transformers, if both give equal logits."""
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty: give another folder")

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nanollava.recipe import Recipe, absolute_paths, read_recipe, with_visual
 
-TABLES = json.loads((Path(__file__).parents[2] / "notebooks/blog.json").read_text())["tables"]
+TABLES = json.loads(Path(__file__).with_name("blog.json").read_text())["tables"]
 
 
 @dataclass

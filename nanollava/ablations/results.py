@@ -1,6 +1,6 @@
 """The page of the nano ablations: every row's scores beside the blog's, and every claim's verdict.
 
-    python recipes/results.py        # writes recipes/RESULTS.md
+    python -m nanollava.ablations.results        # writes recipes/RESULTS.md
 
 It is read off the lines in recipes/ablations/results/.
 """
@@ -11,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
+from nanollava.ablations import rows as rows_of
+from nanollava.ablations import verdicts
 from nanollava.evaluate import read_lines
-from nanollava.sources import tool
+from nanollava.files import repository_file
 
-HERE = Path(__file__).parent
+RECIPES = repository_file("ablations").parent
 STANDS_FOR = {
     "nano-doc": "docvqa", "nano-info": "infovqa", "nano-chart": "chartqa", "nano-presence": "pope",
     "nano-choice": "scienceqa_img", "trained": "training_time", "asked": "total_inference_time",
 }  # fmt: skip
-verdicts, rows_of = tool("verdicts"), tool("rows")
 
 
 def results(file: Path) -> Path:
@@ -29,7 +30,7 @@ def results(file: Path) -> Path:
 
 def files() -> list[Path]:
     """The ablations of which something is measured."""
-    return [f for f in sorted((HERE / "ablations").glob("*.yaml")) if read_lines(results(f))]
+    return [f for f in sorted((RECIPES / "ablations").glob("*.yaml")) if read_lines(results(f))]
 
 
 def judged(file: Path) -> list:
@@ -115,8 +116,8 @@ def told(v) -> str:
 
 OPENING = """# What the nano ablations show
 
-Made by `python recipes/results.py` from the lines in `recipes/ablations/results/`. **Nano is not
-the blog**: models of a million parameters on drawn pages; they can show a mechanism and its
+Made by `python -m nanollava.ablations.results` from the lines in `recipes/ablations/results/`.
+**Nano is not the blog**: models of a million parameters on drawn pages; they can show a mechanism and its
 direction.
 
 Scores in %, with half of the 95% t interval over seeds; in brackets what the blog prints for the
@@ -186,4 +187,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    (HERE / "RESULTS.md").write_text(page())
+    (RECIPES / "RESULTS.md").write_text(page())

@@ -17,18 +17,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from nanollava.evaluate import Answer, answer_all, weights_digest
-from nanollava.files import whole
+from nanollava.files import repository_file, write_atomically
 from nanollava.prompts import PLACEHOLDER, Turn
 from nanollava.recipe import Source, read_recipe
 from nanollava.sources import images_of, records
 
 PROMPT = "Please generate detailed descriptions of the given image."
-SOURCES = Path(__file__).parents[1] / "sources.yaml"
 CHUNK = 512  # records of a file: the most that a stop can cost
 FEW, DISTINCT = 24, 0.5  # from so many words on, this share of its runs of 4 words are distinct
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")  # 一, two
@@ -36,7 +33,7 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]
 
 def find_source(name: str, samples: int) -> Source:
     """KIND:WHERE or FILE.py:function as in a recipe, or a name in recipes/sources.yaml."""
-    known = read_recipe(SOURCES).sources
+    known = read_recipe(repository_file("sources.yaml")).sources
     if ":" not in name and name not in known:
         raise ValueError(
             f"{name!r} is no source: write KIND:WHERE, FILE.py:NAME, or one of {[*known]}"
@@ -86,9 +83,9 @@ def write(folder: Path, k: int, kept: list[dict], left: list[tuple[str, str]]) -
     turn, text = {"from": Value("string"), "value": Value("string")}, Value("string")
     features = {"id": text, "image": Image(), "conversations": [turn], "data_source": text}
     if kept:
-        with whole(folder / f"{k:05}.parquet") as half:
+        with write_atomically(folder / f"{k:05}.parquet") as half:
             Dataset.from_list(kept, features=Features(features)).to_parquet(half)
-    with whole(folder / f"{k:05}.json") as half:
+    with write_atomically(folder / f"{k:05}.json") as half:
         half.write_text(json.dumps({"kept": len(kept), "left out": left}, indent=1))
 
 
@@ -140,15 +137,9 @@ def chunks(source: Source, seed: int) -> Iterator[tuple[int, list[dict]]]:
         yield k, [record | {"id": str(record["id"])} for record in some]
 
 
-def main(
-    source: Annotated[str, typer.Argument(help="KIND:WHERE, FILE.py:NAME or a name")],
-    model: Annotated[Path, typer.Option(help="a run or a LlavaOnevision folder")],
-    out: Annotated[Path, typer.Option(help="where the captions go")],
-    prompt: str = PROMPT,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
-    samples: Annotated[int, typer.Option(min=0, help="the first so many; 0: all")] = 0,
-    seed: int = 0,
-) -> None:  # fmt: skip
+def recaption(
+    source: str, model: Path, out: Path, prompt: str, max_new_tokens: int, samples: int, seed: int
+) -> None:
     """Describe a source's images with a model; goes on where it was stopped."""
     from nanollava.generate import load
 
@@ -168,4 +159,4 @@ def main(
             write(out, k, *describe(assistant, some, prompt, max_new_tokens, f"chunk {k}"))
     if all(file.exists() for file in files):  # the last process to end finds them all
         (out / "README.md").write_text(card(out, asked, found))
-        typer.echo(f"captions and their card are in {out}")
+        print(f"captions and their card are in {out}")

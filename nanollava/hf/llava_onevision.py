@@ -19,9 +19,9 @@ import transformers
 from torch import Tensor, nn
 
 from nanollava.anyres import Visual, parse_budget, parse_grids
-from nanollava.encoder import ENCODERS, Row, build
+from nanollava.encoder import ENCODERS, EncoderSpec, build
+from nanollava.files import load_tensors
 from nanollava.llm import load_tokenizer
-from nanollava.model import load_tensors
 from nanollava.prompts import PLACEHOLDER, TEMPLATES, stop_ids
 
 # A tensor in transformers, in the older or the newer spelling | in ours.
@@ -62,15 +62,15 @@ def need(able: bool, key: str, given: Any, expected: Any) -> None:
         raise ValueError(f"{key} is {given!r}; expected {expected!r}")
 
 
-def tower(row: Row) -> dict[str, Any]:
+def tower(spec: EncoderSpec) -> dict[str, Any]:
     """An encoder in words of config.json; empty where LlavaOnevision has no such tower."""
-    if not (row.tanh or "quickgelu" in row.open_clip):  # neither SigLIP, which has tanh, nor CLIP
+    if not (spec.tanh or "quickgelu" in spec.open_clip):  # neither SigLIP, which has tanh, nor CLIP
         return {}
     return {
-        "model_type": "siglip_vision_model" if row.tanh else "clip_vision_model",
-        "image_size": row.tile, "patch_size": row.patch, "hidden_size": row.width,
-        "hidden_act": "gelu_pytorch_tanh" if row.tanh else "quick_gelu",
-        "vision_feature_select_strategy": "full" if row.tanh else "default",  # no class token
+        "model_type": "siglip_vision_model" if spec.tanh else "clip_vision_model",
+        "image_size": spec.tile, "patch_size": spec.patch, "hidden_size": spec.width,
+        "hidden_act": "gelu_pytorch_tanh" if spec.tanh else "quick_gelu",
+        "vision_feature_select_strategy": "full" if spec.tanh else "default",  # no class token
     }  # fmt: skip
 
 
@@ -83,18 +83,18 @@ def sizes(block: nn.Module) -> dict[str, Any]:
     }
 
 
-def our_name(name: str, row: Row) -> str:
+def our_name(name: str, spec: EncoderSpec) -> str:
     """The tensor of ours that holds one of theirs; q, k and v of a vision tower share one.
 
     Empty for what nothing uses: blocks after the feature layer, the norm after them, the head.
     """
     name = name.removeprefix("model.")
     vision, block = name.startswith("vision_tower."), re.search(r"layers\.(\d+)", name)
-    late = block and int(block[1]) >= row.blocks
+    late = block and int(block[1]) >= spec.blocks
     if vision and (late or re.search(r"post_layernorm|\.head\.", name)):
         return ""
     for theirs, *ours in TOWER if vision else NAMES:
-        name = re.sub(theirs, ours[0 if row.tanh else -1], name)
+        name = re.sub(theirs, ours[0 if spec.tanh else -1], name)
     return name
 
 
@@ -110,10 +110,10 @@ def part(name: str, whole: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def copy(mine: dict[str, Tensor], theirs: nn.Module, row: Row) -> None:
+def copy(mine: dict[str, Tensor], theirs: nn.Module, spec: EncoderSpec) -> None:
     """Our tensors into transformers' model; rows beyond ours are new words."""
     for name, p in theirs.named_parameters():
-        if ours := our_name(name, row):
+        if ours := our_name(name, spec):
             whole = part(name, mine[ours]).reshape(-1, *p.shape[1:])  # timm has pos_embed[1, T, C]
             p[: len(whole)] = whole
             p[len(whole) :] = whole.mean(0)  # the mean word is never the likeliest
@@ -161,8 +161,8 @@ def find_encoder(config: transformers.LlavaOnevisionConfig, there: str) -> str:
     above = ("vision_feature_layer", "vision_feature_select_strategy")
     given = config.vision_config.to_dict() | {key: getattr(config, key) for key in above}
     layers = given["num_hidden_layers"]  # their layer -1 is the output of the last of these blocks
-    known = {name: tower(row) | {"vision_feature_layer": row.blocks - layers - 1}
-             for name, row in ENCODERS.items() if tower(row)}  # fmt: skip
+    known = {name: tower(spec) | {"vision_feature_layer": spec.blocks - layers - 1}
+             for name, spec in ENCODERS.items() if tower(spec)}  # fmt: skip
     name = max(known, key=lambda n: sum(given.get(k) == v for k, v in known[n].items()))
     with torch.device("meta"):
         block = build(ENCODERS[name], "random").blocks[0]
@@ -171,18 +171,18 @@ def find_encoder(config: transformers.LlavaOnevisionConfig, there: str) -> str:
     return name
 
 
-def check_pixels(folder: Path, row: Row) -> None:
-    """Raises ValueError where a folder's images are not prepared as the encoder's row says."""
+def check_pixels(folder: Path, spec: EncoderSpec) -> None:
+    """Raises ValueError where a folder's images are not prepared as the encoder's spec says."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         given = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
         given = given.get("image_processor", given)  # transformers 5 has all in one file
-        for key, value in (("image_mean", row.mean), ("image_std", row.std), ("resample", (3,))):
+        for key, value in (("image_mean", spec.mean), ("image_std", spec.std), ("resample", (3,))):
             found = given.get(key, value)  # 3: bicubic
             near = torch.allclose(torch.tensor(found).float(), torch.tensor(value).float())
             need(near, f"{folder / name}: {key}", found, value)
 
 
-def read_tensors(folder: Path, row: Row) -> dict[str, Tensor]:
+def read_tensors(folder: Path, spec: EncoderSpec) -> dict[str, Tensor]:
     """The tensors of all files under our names."""
     index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
     if index.is_file():
@@ -190,15 +190,15 @@ def read_tensors(folder: Path, row: Row) -> dict[str, Tensor]:
     theirs = {name: x for file in files for name, x in load_tensors(folder / file).items()}
     state: dict[str, Tensor] = {}
     for name in sorted(theirs, key=lambda n: third(n) or 0):  # q, then k, then v
-        if ours := our_name(name, row):
+        if ours := our_name(name, spec):
             x = theirs[name][None] if ours.endswith("pos_embed") else theirs[name]
             state[ours] = torch.cat([state[ours], x]) if ours in state else x
     return state
 
 
-def check(recipe: Any, row: Row) -> None:
+def check(recipe: Any, spec: EncoderSpec) -> None:
     """Raises ValueError, naming the key of the recipe, for what LlavaOnevision cannot be."""
-    visual, T = recipe.visual, row.side**2
+    visual, T = recipe.visual, spec.side**2
     for key, value in vars(Visual(budget="mosaic")).items():
         if key not in ("max_grid", "max_visual_tokens"):
             need(getattr(visual, key) == value, f"visual.{key}", getattr(visual, key), value)
@@ -206,19 +206,19 @@ def check(recipe: Any, row: Row) -> None:
     need(tau % T == 0 and tau > T, "visual.max_visual_tokens", tokens, "2T, 3T or more")
     need(visual.max_grid != "base", "visual.max_grid", "base", "tiles, as in 5grids")
     need(not recipe.projector_norm, "projector_norm", True, False)
-    need(tower(row), "encoder", recipe.encoder, [n for n, r in ENCODERS.items() if tower(r)])
+    need(tower(spec), "encoder", recipe.encoder, [n for n, r in ENCODERS.items() if tower(r)])
     need(recipe.template != "plain", "template", "plain", "qwen_1_5 or vicuna_v1")
 
 
 def to_config(model: Any, words: Any) -> transformers.LlavaOnevisionConfig:
     """A VLM's sizes and settings; `words` is its tokenizer with `<image>`."""
-    row, tiles, block = model.row, model.recipe.visual, model.encoder.blocks[0]
-    vision, text, R, T = tower(row), model.llm.config.to_dict(), row.tile, row.side**2
+    spec, tiles, block = model.spec, model.recipe.visual, model.encoder.blocks[0]
+    vision, text, R, T = tower(spec), model.llm.config.to_dict(), spec.tile, spec.side**2
     image, video = words.convert_tokens_to_ids([PLACEHOLDER, "<video>"])
     return transformers.LlavaOnevisionConfig(
         vision_feature_select_strategy=vision.pop("vision_feature_select_strategy"),
         vision_config=vision | sizes(block) | {
-            "num_hidden_layers": row.blocks, "vision_use_head": False},
+            "num_hidden_layers": spec.blocks, "vision_use_head": False},
         text_config=text | {
             "vocab_size": max(text["vocab_size"], image + 1, video + 1), "_name_or_path": "",
             "dtype": "float32"},
@@ -234,19 +234,19 @@ def write(model: Any, folder: str | Path) -> None:
 
     Raises ValueError, naming the key of the recipe, for what LlavaOnevision cannot be.
     """
-    row, form, words = model.row, TEMPLATES[model.recipe.template], deepcopy(model.tokenizer)
-    check(model.recipe, row)
+    spec, form, words = model.spec, TEMPLATES[model.recipe.template], deepcopy(model.tokenizer)
+    check(model.recipe, spec)
     words.add_tokens([PLACEHOLDER, "<video>"], special_tokens=True)
     names = ["input_ids", "attention_mask"]  # what `generate` takes
     words.init_kwargs["model_input_names"] = words.model_input_names = names  # saved only as both
     config, ends = to_config(model, words), stop_ids(words, model.recipe.template)
     theirs = transformers.LlavaOnevisionForConditionalGeneration(config)
-    copy(dict(model.named_parameters()), theirs, row)
+    copy(dict(model.named_parameters()), theirs, spec)
     pad = ends[0] if words.pad_token_id is None else words.pad_token_id
     theirs.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     theirs.save_pretrained(folder)
-    pixels = {"size": {"height": row.tile, "width": row.tile},
-              "image_mean": row.mean, "image_std": row.std}  # fmt: skip
+    pixels = {"size": {"height": spec.tile, "width": spec.tile},
+              "image_mean": spec.mean, "image_std": spec.std}  # fmt: skip
     grids, strategy = config.image_grid_pinpoints, config.vision_feature_select_strategy
     texts = {"start": form.start.removeprefix("<s>"), "user": form.user[0], "after": form.user[1],
              "assistant": form.assistant, "ask": form.assistant.rstrip(" "),
@@ -254,7 +254,7 @@ def write(model: Any, folder: str | Path) -> None:
     transformers.LlavaOnevisionProcessor(
         transformers.LlavaOnevisionImageProcessorFast(**pixels, image_grid_pinpoints=grids), words,
         transformers.LlavaOnevisionVideoProcessor(**pixels),
-        num_image_tokens=row.side**2 + (strategy == "default"),  # it takes the class token off
+        num_image_tokens=spec.side**2 + (strategy == "default"),  # it takes the class token off
         vision_feature_select_strategy=strategy, vision_aspect_ratio=config.vision_aspect_ratio,
         chat_template=CHAT.substitute({key: json.dumps(text) for key, text in texts.items()}),
     ).save_pretrained(folder)  # fmt: skip

@@ -1,10 +1,14 @@
-"""What to type after a training: a question about an image of the run's first task."""
+"""What is printed after an evaluation: the table of scores and, after a training, what to type."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
 
 from nanollava.evaluate import questions
 from nanollava.metrics import METRICS
@@ -29,3 +33,22 @@ def save_sample(assistant: Any, run: str | Path) -> str:
             if total(np.array([score(answer, reference)], dtype=float)) == 1:
                 break
     return told
+
+
+def show_scores(rows: Sequence[dict]) -> None:
+    """Print scores by task and setting, each with its 95% interval."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        mine = cells.setdefault(row["task"], {"metric": row["metric"]})
+        score, low, high, mine["chance"] = (
+            f"{100 * row[key]:.1f}" for key in ("score", "low", "high", "chance")
+        )
+        mine[row["setting"]] = f"{score} [{low}, {high}]"
+    columns = list(dict.fromkeys(key for mine in cells.values() for key in mine))
+    table = Table(title="score in %, with its 95% interval over questions", box=SIMPLE)
+    table.add_column("task", no_wrap=True)
+    for key in columns:
+        table.add_column(key, justify="left" if key == "metric" else "right")
+    for name, mine in cells.items():
+        table.add_row(name, *(mine.get(key, "") for key in columns))
+    Console().print(table)

@@ -18,20 +18,21 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from filelock import FileLock
 from tqdm import tqdm
 
+from nanollava.ablations import rows as rows_of
+from nanollava.ablations import verdicts
 from nanollava.anyres import Visual, parse_budget
 from nanollava.encoder import ENCODERS
 from nanollava.evaluate import add_line, evaluate, read_lines
-from nanollava.files import whole
+from nanollava.extras.plan import plan
+from nanollava.files import write_atomically
 from nanollava.recipe import Recipe, read_recipe, run_keys, used_sources
-from nanollava.sources import tool
+from nanollava.runs import commit
 
-plan, rows_of, verdicts, environment = map(tool, ("plan", "rows", "verdicts", "environment"))
 TUNING = 100  # seeds from here on choose settings; their results are no evidence
 ROOT = Path(__file__).parents[2]
 
@@ -97,7 +98,7 @@ def make(recipe: Recipe, before: str) -> None:
     begun, start = (run / "recipe.yaml").exists(), time.process_time()
     train(recipe)
     seconds = None if begun else round(time.process_time() - start, 1)  # else not all of it
-    with whole(run / "cost.json") as half:
+    with write_atomically(run / "cost.json") as half:
         half.write_text(json.dumps({"cpu_seconds": seconds}))
 
 
@@ -132,7 +133,7 @@ def planned_flops(recipe: Recipe) -> dict[str, int]:
     """Those of the last stage: the same for every row that is read off the run."""
     last = [*recipe.stages][-1]
     alone = replace(recipe, stages={last: recipe.stages[last]})
-    return {"flops": round(plan.plan(alone)[last]["flops"])}
+    return {"flops": round(plan(alone)[last]["flops"])}
 
 
 def work(recipe: Recipe, before: str, asked: list[Asked]) -> list[dict]:
@@ -183,9 +184,8 @@ def plan_tasks(file: Path, scale: str, seeds: range, only: list[str], done: set)
 
 
 def pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that know this file; each makes five runs: it keeps half a GB of every one."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), tool, ("ablate",),
-                               max_tasks_per_child=5)  # fmt: skip
+    """Each process makes five runs: it keeps half a GB of every one."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=5)  # fmt: skip
 
 
 def run_tasks(tasks: dict[str, Task], workers: int) -> Iterator[tuple[Task, list[dict]]]:
@@ -225,14 +225,7 @@ def costs(tasks: dict[str, Task], task: Task) -> dict[str, float | None]:
     return found | {[*task.recipe.stages][-1]: cost["cpu_seconds"]}
 
 
-def main(
-    file: Annotated[Path, typer.Argument(help="Rows, e.g. recipes/ablations/grids.yaml")],
-    seeds: Annotated[int, typer.Option(min=1, help="how many")] = 5,
-    first: Annotated[int, typer.Option(min=0, help=f"the first; from {TUNING} on for tuning")] = 0,
-    row: Annotated[list[str] | None, typer.Option("--only", help="rows, all if none")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="runs side by side")] = os.cpu_count() or 1,
-    full: Annotated[bool, typer.Option("--full", help="on the real base, one run at once")] = False,
-) -> None:  # fmt: skip
+def ablate(file: Path, seeds: int, first: int, only: list[str], workers: int, full: bool) -> None:
     """Train and score the rows of an ablation; goes on where it was stopped."""
     if first < TUNING < first + seeds:
         raise ValueError(f"seeds {first} to {first + seeds - 1}: from {TUNING} on is for tuning")
@@ -241,8 +234,8 @@ def main(
     out = folder / f"{file.stem}{'.full' if full else ''}.jsonl"
     verdicts.read_claims(file)  # what is wrong with them is told now
     done = {(line["row"], line["seed"], line["key"]) for line in read_lines(out)}
-    tasks = plan_tasks(file, scale, chosen, row or [], done)
-    at, today = environment.commit(), datetime.date.today()
+    tasks = plan_tasks(file, scale, chosen, only, done)
+    at, today = commit(), datetime.date.today()
     folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(tasks), desc=file.stem, smoothing=0, file=sys.stdout)
     for task, measured in run_tasks(tasks, 0 if full else workers):

@@ -13,24 +13,38 @@ before is not asked again.
 
 import hashlib
 import logging
+import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
+from lmms_eval.tasks import TaskManager
+from loguru import logger
 
 from nanollava.anyres import MAX_PIXELS, open_image
-from nanollava.evaluate import AHEAD, Answer, add_line, answer_all, read_lines, weights_digest
+from nanollava.benchmarks.blog import chosen, judge_column, judge_of, row_of, show, tell_price
+from nanollava.evaluate import (
+    AHEAD,
+    Answer,
+    add_line,
+    answer_all,
+    ranks,
+    read_lines,
+    weights_digest,
+)
+from nanollava.extras.video import open_video
+from nanollava.files import repository_file
 from nanollava.generate import load
 from nanollava.prompts import PLACEHOLDER, Turn
 from nanollava.recipe import with_visual
-from nanollava.sources import tool
 
 ROOM = 1024  # tokens of an answer where a task does not say, as in the released code's wrapper
 log = logging.getLogger(__name__)
-open_video = tool("video").open_video
 
 
 def manifest() -> Any:
@@ -143,3 +157,80 @@ class Nanollava(lmms):
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Not for this model: none of the blog's tasks asks in rounds."""
         raise NotImplementedError("nanollava answers in text; choose a task of generate_until")
+
+
+def load_task(task: str, manager: Any) -> Any:
+    """lmms-eval's task with its data; ValueError for data without a column that it reads."""
+    from lmms_eval.api.task import ConfigurableTask
+    from lmms_eval.tasks import get_task_dict
+    from tenacity import stop_after_attempt
+
+    for part in (ConfigurableTask.download, ConfigurableTask.process_results):
+        part.retry.stop, part.retry.reraise = stop_after_attempt(1), True  # the reason, at once
+    found = get_task_dict([task], manager, "chat")[task]
+    target, columns = found.config.doc_to_target, found.eval_docs_no_media.column_names
+    if isinstance(target, str) and target.isidentifier() and target not in columns:
+        raise ValueError(f"its data have no column {target!r}, only {columns}")
+    return found
+
+
+def score_task(model: Any, task: str, manager: Any, limit: int, folder: Path) -> dict[str, Any]:
+    """Metric -> value of one task, as lmms-eval's evaluator finds them."""
+    from lmms_eval.evaluator import simple_evaluate
+
+    judged, model.wrong = bool(judge_column(task)), []
+    args = Namespace(process_with_media=False, output_path=str(folder))  # answers need no images
+    found = simple_evaluate(
+        model=model, tasks=[load_task(task, manager)], limit=limit or None, batch_size=1,
+        bootstrap_iters=0, log_samples=True, verbosity="ERROR", cli_args=args,
+        process_docs_parallel=4 if judged else 1,  # some tasks guess at random
+        distributed_executor_backend="torchrun",  # accelerate knows no second process on a CPU
+    )  # fmt: skip
+    if found is None:  # the first process has them
+        return {}
+    values: dict[str, Any] = {"n": len(found["samples"][task]), "unreadable images": model.wrong}
+    for name, value in found["results"][task].items():
+        metric = name.split(",")[0]
+        if isinstance(value, int | float) and "stderr" not in metric:
+            values[metric] = float(value)
+    if judged:
+        judges = {row["judge_score"]["model"] for row in found["samples"][task]} - {""}
+        values["judges"] = sorted(judges)
+    return values
+
+
+def score_once(model: Any, task: str, manager: Any, asked: dict[str, Any], file: Path) -> dict:
+    """A task's values, as they were measured before or now."""
+    tell_price(task, asked["limit"])
+    key = {"task": task, **judge_of(task), **asked}
+    found = next((row for row in read_lines(file) if key.items() <= row.items()), None)
+    if found is None:
+        found = {**key, "values": score_task(model, task, manager, asked["limit"], file.parent)}
+        if found["values"] and not found["values"].get("failed"):  # else it is asked again
+            add_line(file, found)
+    return found["values"]
+
+
+def run_benchmarks(run: Path, names: Sequence[str], limit: int = 0, beside: str = "T4:0") -> None:
+    """Score a run on benchmarks; goes on where it was stopped."""
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run} is no folder: give a run's, or a LlavaOnevision's")
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING")
+    row_of(beside)  # what is wrong with it is told now
+    rank, world = ranks()
+    manager, rows, reasons = TaskManager("ERROR", include_path=str(repository_file("eval"))), {}, {}
+    tasks = chosen(names, manager.all_subtasks)
+    model = Nanollava(str(run), answers=str(run))
+    visual = asdict(model.writers["image"].visual)
+    asked = {"weights": model.weights, "limit": limit, "visual": visual}
+    for task in tasks:
+        try:
+            rows[task] = score_once(model, task, manager, asked, run / "benchmarks.jsonl")
+        except (Exception, SystemExit) as error:  # a task is foreign code; the others go on
+            if world > 1:
+                raise  # the other processes would wait for this one
+            told = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+            reasons[task] = f"{told}{error}".split("\n")[0][:200] or type(error).__name__
+    if rank == 0:
+        show(rows, reasons, beside, limit)

@@ -1,0 +1,1 @@
+"""Ablations: rows of changed keys -> runs -> results -> verdicts -> pages."""

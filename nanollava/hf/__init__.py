@@ -1,0 +1,1 @@
+"""LlavaOnevision folders of transformers, read and written."""
