@@ -40,11 +40,21 @@ LETTERS, QUESTIONS, SECONDS, TOKENS = 500, 20, 60, 128
 ANSWERS = 4  # at once; further ones wait in line
 WARM = 8  # conversations that keep their keys and values
 VIDEOS = (".mp4", ".mov", ".webm", ".avi", ".mkv", ".gif")
-KINDS = {"document": "doc", "full document": "dense", "chart": "chart", "list": "info",
-         "scene": "scene", "second script": "zh"}  # fmt: skip
+KINDS = {
+    "document": "doc",
+    "full document": "dense",
+    "chart": "chart",
+    "list": "info",
+    "scene": "scene",
+    "second script": "zh",
+}
 MADE_BY_HAND = ROOT / "recipes/nano/handmade"
-EXAMPLES = {"invoice.png": "What is the tax?", "chart.png": "What is the value of fund?",
-            "table.png": "Read the text.", "scene.png": "What is at the middle right?"}  # fmt: skip
+EXAMPLES = {
+    "invoice.png": "What is the tax?",
+    "chart.png": "What is the value of fund?",
+    "table.png": "Read the text.",
+    "scene.png": "What is at the middle right?",
+}
 MODELS: dict[str, Assistant] = {}
 HELD: Counter[str] = Counter()  # visits by uploaded file: equal files share a path
 LATEST: list["Visit"] = []  # those that asked last
@@ -193,8 +203,18 @@ def checked(visit: Visit, message: dict, name: str, pairs: list, pooling: str, a
     return question
 
 
-def ask(visit: Visit, message: dict, name: str, grid: int, tokens: int, pooling: str, twice: bool,
-        grid2: int, tokens2: int, again: bool = False) -> Iterator[tuple]:  # fmt: skip
+def ask(
+    visit: Visit,
+    message: dict,
+    name: str,
+    grid: int,
+    tokens: int,
+    pooling: str,
+    twice: bool,
+    grid2: int,
+    tokens2: int,
+    again: bool = False,
+) -> Iterator[tuple]:
     """Stream the answer to a question; at two settings, one after the other.
 
     Yields the conversation, what stands in the box, the speed, and the picture of why.
@@ -232,9 +252,12 @@ def written(
     """Add an answer to an exchange piece by piece, for SECONDS at most."""
     place = len(exchange.answers)
     # Only what was answered at this setting, or the model would read its own earlier answers.
-    said = [(e.question, answer) for e in before
-            for setting, answer in zip(e.settings, e.answers, strict=False)
-            if setting == exchange.settings[place] and answer]  # fmt: skip
+    said = [
+        (e.question, answer)
+        for e in before
+        for setting, answer in zip(e.settings, e.answers, strict=False)
+        if setting == exchange.settings[place] and answer
+    ]
     exchange.answers.append("")
     begin = time.monotonic()
     for piece in assistant.chat(
@@ -331,10 +354,14 @@ def build() -> gr.Blocks:
                     draw = gr.Button("New page", variant="primary", min_width=120)
                 conversation = gr.HTML(talk([]), elem_id="conversation")
                 message = gr.MultimodalTextbox(
-                    label="Question", placeholder="Drop or paste images or a video, and ask",
-                    file_count="multiple", file_types=["image", "video"], sources=["upload"],
-                    autofocus=True, elem_id="question",
-                )  # fmt: skip
+                    label="Question",
+                    placeholder="Drop or paste images or a video, and ask",
+                    file_count="multiple",
+                    file_types=["image", "video"],
+                    sources=["upload"],
+                    autofocus=True,
+                    elem_id="question",
+                )
                 with gr.Row():
                     stop, retry, forget, explain = (
                         gr.Button(name, min_width=80) for name in ("Stop", "Retry", "Clear", "Why?")
@@ -361,8 +388,10 @@ def build() -> gr.Blocks:
         asked = [visit, message, *keys, twice, grid2, tokens2]
         limit = {"concurrency_limit": ANSWERS, "concurrency_id": "answers"}
         limit |= quiet
-        events = [message.submit(lasting(ask), asked, out, api_name="ask", **limit),
-                  retry.click(lasting(again), asked, out, api_name="again", **limit)]  # fmt: skip
+        events = [
+            message.submit(lasting(ask), asked, out, api_name="ask", **limit),
+            retry.click(lasting(again), asked, out, api_name="again", **limit),
+        ]
         for event in events:
             event.then(shown, [visit, *keys], seen, **quiet)
         message.change(added, [visit, message, *keys], view, concurrency_limit=ANSWERS, **quiet)
@@ -394,8 +423,10 @@ def leaving(page: gr.Blocks) -> Callable[[gr.Request], None]:
 def sliders(grid: int, tokens: int, whose: str) -> tuple[gr.Slider, gr.Slider]:
     """Two sliders: the largest grid, and tau in views."""
     title = f"Largest grid{whose}: n x n, 0 for the base view only"
-    return (gr.Slider(0, 6, grid, step=1, label=title),
-            gr.Slider(1, 37, tokens, step=1, label=f"Most visual tokens{whose}, in T"))  # fmt: skip
+    return (
+        gr.Slider(0, 6, grid, step=1, label=title),
+        gr.Slider(1, 37, tokens, step=1, label=f"Most visual tokens{whose}, in T"),
+    )
 
 
 def serve(folders: list[str], visits: int = 256, **keys) -> gr.Blocks:
@@ -409,9 +440,14 @@ def serve(folders: list[str], visits: int = 256, **keys) -> gr.Blocks:
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace"])
     page = build().queue(max_size=64)
     page.launch(
-        css_paths=Path(__file__).with_name("style.css"), theme=theme, footer_links=[],
-        state_session_capacity=visits, max_file_size=f"{MEGABYTES}mb", ssr_mode=False, **keys,
-    )  # fmt: skip
+        css_paths=Path(__file__).with_name("style.css"),
+        theme=theme,
+        footer_links=[],
+        state_session_capacity=visits,
+        max_file_size=f"{MEGABYTES}mb",
+        ssr_mode=False,
+        **keys,
+    )
     return page
 
 

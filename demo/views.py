@@ -95,8 +95,10 @@ def talk(exchanges: Sequence[Exchange], images: int = 0, error: str = "") -> str
             for setting, text in answers
         )
         note = f'<p class="note">{escape(exchange.note)}</p>' if exchange.note else ""
-        rows.append(f'<p class="question">{escape(exchange.question)}</p>'
-                    f'<div class="answers">{cards}</div>{note}')  # fmt: skip
+        rows.append(
+            f'<p class="question">{escape(exchange.question)}</p>'
+            f'<div class="answers">{cards}</div>{note}'
+        )
     about = f"about {images} image{'s' * (images > 1)}" if images else "without an image"
     empty = f"<p>Ask something {about}.</p>"
     failed = f'<p class="error" role="alert">{escape(error)}</p>' if error else ""

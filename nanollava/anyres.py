@@ -27,8 +27,15 @@ MAX_PIXELS = 150_000_000
 # Pixels only: Pillow hands EPS to another program, and some video containers name other files.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 RUN_LENGTHS = (1, 2)  # of BMP, which Pillow decodes in Python, byte by byte
-UNREADABLE = (OSError, SyntaxError, ValueError, ArithmeticError, struct.error, MemoryError,
-              Image.DecompressionBombError)  # fmt: skip
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    ArithmeticError,
+    struct.error,
+    MemoryError,
+    Image.DecompressionBombError,
+)
 GRIDS = {
     "base": ((0, 0),),  # no tiles: the base view alone, T tokens
     "5grids": ((2, 2), (1, 2), (1, 3), (2, 1), (3, 1)),  # the blog's baseline
@@ -160,9 +167,18 @@ def layout(size: tuple[int, int], visual: Visual, tile: int, side: int) -> Layou
         )
     fitted = fit((W, H), (a * tile, b * tile)) if a else (0, 0)
     lay = Layout(
-        size, tile, grid, fitted, t, (0, b * t, 0, a * t), (b * t, a * t), 0, visual.pooling,
-        visual.pool_after_projector, visual.arrange,
-    )  # fmt: skip
+        size,
+        tile,
+        grid,
+        fitted,
+        t,
+        (0, b * t, 0, a * t),
+        (b * t, a * t),
+        0,
+        visual.pooling,
+        visual.pool_after_projector,
+        visual.arrange,
+    )
     if visual.budget == "mosaic" and a:
         lay = _mosaic(lay, tau - side * side)
     return lay if visual.arrange == "flat" else replace(lay, newlines=lay.raster[0])

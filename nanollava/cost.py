@@ -64,10 +64,13 @@ def count(documents: Sequence[Document], T: int, after: bool) -> dict[str, int]:
     lengths = [len(d.ids) for d in documents]
     views, visual = sum(lay.views for lay in layouts), sum(lay.tokens for lay in layouts)
     return {
-        "views": views, "visual": visual, "features": views * T if after else visual,
-        "positions": sum(lengths), "pairs": sum(n * (n + 1) // 2 for n in lengths),
+        "views": views,
+        "visual": visual,
+        "features": views * T if after else visual,
+        "positions": sum(lengths),
+        "pairs": sum(n * (n + 1) // 2 for n in lengths),
         "learned": sum(d.learned for d in documents),
-    }  # fmt: skip
+    }
 
 
 def forward_flops(

@@ -123,11 +123,15 @@ def write_chunk(found: Iterator[dict], name: str, folder: Path) -> int:
     bad: list[str] = []
     with MDSWriter(out=str(folder), columns=COLUMNS, size_limit="64mb") as writer:
         for record, images in usable(islice(found, CHUNK), bad):
-            writer.write({
-                "id": str(record["id"]), "image": b"".join(images),
-                "sizes": [len(data) for data in images],
-                "conversations": record["conversations"], "source": name,
-            })  # fmt: skip
+            writer.write(
+                {
+                    "id": str(record["id"]),
+                    "image": b"".join(images),
+                    "sizes": [len(data) for data in images],
+                    "conversations": record["conversations"],
+                    "source": name,
+                }
+            )
     if bad:
         (folder / "bad.json").write_text(json.dumps(bad, indent=1))
     return read_chunk(folder)[0] + len(bad)
@@ -278,14 +282,25 @@ def make_loader(recipe: Recipe, stage: Stage, writer: Writer, processes: int) ->
         told = f"batch_size {stage.batch_size} does not divide among {processes} processes"
         raise ValueError(told)
     batch = stage.batch_size // processes
-    streams = [Stream(local=str(shard_folder(recipe, name)), repeat=times)
-               for name, times in stage.mix.items()]  # fmt: skip
+    streams = [
+        Stream(local=str(shard_folder(recipe, name)), repeat=times)
+        for name, times in stage.mix.items()
+    ]
     with alone_on_this_machine():
         dataset = Documents(
-            writer, streams=streams, **ORDER, shuffle_seed=recipe.seed, batch_size=batch,
-        )  # fmt: skip
+            writer,
+            streams=streams,
+            **ORDER,
+            shuffle_seed=recipe.seed,
+            batch_size=batch,
+        )
     return Loader(
-        dataset, batch_size=batch, num_workers=recipe.workers, collate_fn=Bundle.of, drop_last=True,
-        persistent_workers=False, prefetch_factor=4 if recipe.workers else None,
+        dataset,
+        batch_size=batch,
+        num_workers=recipe.workers,
+        collate_fn=Bundle.of,
+        drop_last=True,
+        persistent_workers=False,
+        prefetch_factor=4 if recipe.workers else None,
         worker_init_fn=leave_stopping_to_the_trainer,
-    )  # fmt: skip
+    )

@@ -49,22 +49,42 @@ class EncoderSpec:
 
 CLIP = {"mean": CLIP_MEAN, "std": CLIP_STD}
 ENCODERS = {
-    "clip_l_224": EncoderSpec(224, 14, 1024, 23, **CLIP,
-                      open_clip="ViT-L-14-quickgelu", published="openai"),
-    "clip_l_336": EncoderSpec(336, 14, 1024, 23, **CLIP,
-                      open_clip="ViT-L-14-336-quickgelu", published="openai"),
-    "eva02_e_224": EncoderSpec(224, 14, 1792, 64, **CLIP,
-                       open_clip="EVA02-E-14", published="laion2b_s4b_b115k"),
-    "eva_8b_224": EncoderSpec(224, 14, 4096, 32, **CLIP, hub="BAAI/EVA-CLIP-8B",
-                      published="EVA_CLIP_8B_psz14_s9B.pt", heads=32),
-    "eva_8b_448": EncoderSpec(448, 14, 4096, 32, **CLIP, hub="BAAI/EVA-CLIP-8B-448",
-                      published="EVA_CLIP_8B_psz14_plus_s0.6B.pt", heads=32),
-    "so400m_384": EncoderSpec(384, 14, 1152, 26, tanh=True,
-                      open_clip="ViT-SO400M-14-SigLIP-384", published="webli"),
+    "clip_l_224": EncoderSpec(
+        224, 14, 1024, 23, **CLIP, open_clip="ViT-L-14-quickgelu", published="openai"
+    ),
+    "clip_l_336": EncoderSpec(
+        336, 14, 1024, 23, **CLIP, open_clip="ViT-L-14-336-quickgelu", published="openai"
+    ),
+    "eva02_e_224": EncoderSpec(
+        224, 14, 1792, 64, **CLIP, open_clip="EVA02-E-14", published="laion2b_s4b_b115k"
+    ),
+    "eva_8b_224": EncoderSpec(
+        224,
+        14,
+        4096,
+        32,
+        **CLIP,
+        hub="BAAI/EVA-CLIP-8B",
+        published="EVA_CLIP_8B_psz14_s9B.pt",
+        heads=32,
+    ),
+    "eva_8b_448": EncoderSpec(
+        448,
+        14,
+        4096,
+        32,
+        **CLIP,
+        hub="BAAI/EVA-CLIP-8B-448",
+        published="EVA_CLIP_8B_psz14_plus_s0.6B.pt",
+        heads=32,
+    ),
+    "so400m_384": EncoderSpec(
+        384, 14, 1152, 26, tanh=True, open_clip="ViT-SO400M-14-SigLIP-384", published="webli"
+    ),
     "nano_s": EncoderSpec(48, 8, 64, 2, heads=4, stem=(24, 48, 64)),
     "nano_m": EncoderSpec(48, 8, 96, 3, heads=6, stem=(24, 64, 96)),
     "nano_l": EncoderSpec(48, 8, 128, 4, heads=8, stem=(32, 96, 128)),
-}  # fmt: skip
+}
 
 
 class Encoder(nn.Module):
@@ -125,10 +145,17 @@ def eva(spec: EncoderSpec) -> nn.Module:
     from timm.models.eva import Eva
 
     return Eva(
-        spec.tile, spec.patch, embed_dim=spec.width, depth=spec.blocks, num_heads=spec.heads,
-        mlp_ratio=5, qkv_bias=False, norm_layer=partial(RmsNorm, eps=1e-6), num_classes=0,
+        spec.tile,
+        spec.patch,
+        embed_dim=spec.width,
+        depth=spec.blocks,
+        num_heads=spec.heads,
+        mlp_ratio=5,
+        qkv_bias=False,
+        norm_layer=partial(RmsNorm, eps=1e-6),
+        num_classes=0,
         global_pool="token",
-    )  # fmt: skip
+    )
 
 
 def load_eva(visual: nn.Module, file: str) -> None:

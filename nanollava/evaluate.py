@@ -54,9 +54,13 @@ class Answer(NamedTuple):
 
 
 def answer_all(
-    assistant: Any, writer: Writer, items: Sequence[tuple], room: int, title: str,
+    assistant: Any,
+    writer: Writer,
+    items: Sequence[tuple],
+    room: int,
+    title: str,
     keep: Callable[[tuple, Answer], None] = lambda *_: None,
-) -> list[Answer]:  # fmt: skip
+) -> list[Answer]:
     """Answers to items (turns, images, ...) of at most `room` tokens, with a progress bar.
 
     A question that is too long or whose image cannot be read is named, and its answer is empty:
@@ -96,9 +100,13 @@ def interval(rows: np.ndarray, total: Any) -> tuple[float, float]:
     if len(rows) < 2 or (rows == rows[0]).all():
         return (total(rows),) * 2
     found = bootstrap(
-        (np.arange(len(rows)),), lambda i: total(rows[i]), n_resamples=1000, vectorized=False,
-        method="percentile", random_state=0,
-    ).confidence_interval  # fmt: skip
+        (np.arange(len(rows)),),
+        lambda i: total(rows[i]),
+        n_resamples=1000,
+        vectorized=False,
+        method="percentile",
+        random_state=0,
+    ).confidence_interval
     return float(found.low), float(found.high)
 
 
@@ -139,12 +147,18 @@ def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict
     rows = np.array([score(p, r) for p, r, _ in pairs], dtype=float)
     low, high = interval(rows, total)
     return {
-        "task": name, "metric": task.metric, "score": round(float(total(rows)), 4),
-        "low": round(low, 4), "high": round(high, 4), "n": len(pairs),
+        "task": name,
+        "metric": task.metric,
+        "score": round(float(total(rows)), 4),
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "n": len(pairs),
         "chance": round(chance([r for _, r, _ in pairs], task.metric), 4),
         "tokens": round(float(np.mean([n for *_, n in pairs])), 1),
-        "seconds": round(seconds, 2), "cpu_seconds": round(used, 2), "each": digits(rows),
-    }  # fmt: skip
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(used, 2),
+        "each": digits(rows),
+    }
 
 
 def evaluate(assistant: Any, run: str | Path, only: Sequence[str] = (), limit: int = 0) -> list:

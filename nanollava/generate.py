@@ -142,10 +142,14 @@ class Assistant:
         return [(text, len(ids) == room) for text, ids in zip(texts, written, strict=True)]
 
     def chat(
-        self, images: Picture | Sequence[Picture] | None, text: str,
-        history: Sequence[tuple[str, str]] | None = None, max_new_tokens: int = 128,
-        stream: bool = False, **visual: str | int | bool | None,
-    ) -> str | Iterator[str]:  # fmt: skip
+        self,
+        images: Picture | Sequence[Picture] | None,
+        text: str,
+        history: Sequence[tuple[str, str]] | None = None,
+        max_new_tokens: int = 128,
+        stream: bool = False,
+        **visual: str | int | bool | None,
+    ) -> str | Iterator[str]:
         """Answer a question about images, after the (question, answer) pairs of `history`.
 
         `visual` replaces keys of the recipe's, e.g. max_grid="3x3", max_visual_tokens="10T".

@@ -99,9 +99,17 @@ def packed_flash(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], 
 
 
 def packed_attention(
-    module: nn.Module, query, key, value, attention_mask, scaling=None, documents=None,
-    packed_cache=None, packed_watch=None, **_,
-):  # fmt: skip
+    module: nn.Module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    documents=None,
+    packed_cache=None,
+    packed_watch=None,
+    **_,
+):
     """query (1, H, S, d), key and value (1, H_kv, S, d) -> (1, S, H, d), None.
 
     `documents`: the lengths of the packed documents, which add up to S; `packed_cache`: their
@@ -167,11 +175,17 @@ def config_of(name: str, random: bool = False) -> transformers.PretrainedConfig:
         kind, theta, length = ("qwen2", 1e6, 32768) if qwen else ("llama", 1e4, 4096)
         return transformers.AutoConfig.for_model(
             kind,
-            hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, intermediate_size=ffn, vocab_size=words,
-            max_position_embeddings=length, rope_theta=5e6 if "-4B-" in name else theta,
-            rms_norm_eps=1e-6 if qwen else 1e-5, tie_word_embeddings="-0.5B-" in name,
-        )  # fmt: skip
+            hidden_size=width,
+            num_hidden_layers=blocks,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            intermediate_size=ffn,
+            vocab_size=words,
+            max_position_embeddings=length,
+            rope_theta=5e6 if "-4B-" in name else theta,
+            rms_norm_eps=1e-6 if qwen else 1e-5,
+            tie_word_embeddings="-0.5B-" in name,
+        )
     return transformers.AutoConfig.from_pretrained(name)
 
 

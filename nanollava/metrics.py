@@ -23,8 +23,10 @@ def anls(prediction: str, reference: str) -> float:
 def relaxed(prediction: str, reference: str) -> float:
     """Numbers within 5% of a reference that is not 0, anything else equal but for case."""
     try:
-        p, r = (float(x.rstrip("%")) / 100 if x.endswith("%") else float(x)
-                for x in (prediction, reference))  # fmt: skip
+        p, r = (
+            float(x.rstrip("%")) / 100 if x.endswith("%") else float(x)
+            for x in (prediction, reference)
+        )
     except ValueError:
         r = 0.0
     return float(abs(p - r) / abs(r) <= 0.05 if r else prediction.lower() == reference.lower())

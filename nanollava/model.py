@@ -48,9 +48,14 @@ class VLM(nn.Module):
         """What turns conversations and images into documents for this model."""
         keys = self.recipe
         return Writer(
-            self.tokenizer, visual or keys.visual, self.spec.tile, self.spec.side,
-            template or keys.template, keys.label_mask, keys.max_length,
-        )  # fmt: skip
+            self.tokenizer,
+            visual or keys.visual,
+            self.spec.tile,
+            self.spec.side,
+            template or keys.template,
+            keys.label_mask,
+            keys.max_length,
+        )
 
     def autocast(self) -> torch.autocast:
         """bf16 where the device computes in it; parameters and the loss stay float32.
@@ -70,13 +75,14 @@ class VLM(nn.Module):
         if after:
             x = self.projector(x)  # (N, T, D)
         images = x.split([lay.views for lay in layouts])
-        images = [pool(f, lay, lay.pooling, lay.arrange == "flat")
-                  for f, lay in zip(images, layouts, strict=True)]  # fmt: skip
+        images = [
+            pool(f, lay, lay.pooling, lay.arrange == "flat")
+            for f, lay in zip(images, layouts, strict=True)
+        ]
         if not after:
             lengths = [len(x) for x in images]
             images = self.projector(torch.cat(images)).split(lengths)
-        rows = [add_newlines(x, lay, self.newline)
-                for x, lay in zip(images, layouts, strict=True)]  # fmt: skip
+        rows = [add_newlines(x, lay, self.newline) for x, lay in zip(images, layouts, strict=True)]
         return torch.cat(rows) + 0 * self.newline  # a gradient even where no image has tiles
 
     def embed(self, pack: Pack) -> Tensor:
@@ -100,9 +106,13 @@ class VLM(nn.Module):
         """
         mask = row.new_ones(1, 1, 1, 1)  # unused: without one transformers 5 waits for the device
         return self.llm.model(
-            inputs_embeds=row, position_ids=positions, attention_mask=mask, documents=lengths,
-            use_cache=False, **keys,
-        ).last_hidden_state[0]  # fmt: skip
+            inputs_embeds=row,
+            position_ids=positions,
+            attention_mask=mask,
+            documents=lengths,
+            use_cache=False,
+            **keys,
+        ).last_hidden_state[0]
 
     def forward(self, pack: Pack) -> Tensor:
         """A pack -> the loss of each learned token, float32[K], its K targets in order."""

@@ -125,9 +125,12 @@ def _runs(pieces: Iterable[tuple], specials: Sequence[str]) -> Iterator[tuple]:
 
 
 def encode(
-    tokenizer: Any, turns: Sequence[Turn], template: str, label_mask: str = "answers",
+    tokenizer: Any,
+    turns: Sequence[Turn],
+    template: str,
+    label_mask: str = "answers",
     answer: bool = False,
-) -> tuple[list[int], list[int]]:  # fmt: skip
+) -> tuple[list[int], list[int]]:
     """Turns -> ids and labels of equal length; each image is one IMAGE id.
 
     `answer` ends the ids where an answer begins, for generation. Raises ValueError when the
@@ -145,8 +148,12 @@ def encode(
             ids.append(IMAGE if image else tokenizer.convert_tokens_to_ids(text))
             labels.append(ids[-1] if learned[0] else IGNORE)
         elif text:
-            out = tokenizer(text, add_special_tokens=False, split_special_tokens=True,
-                            return_offsets_mapping=True)  # fmt: skip
+            out = tokenizer(
+                text,
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_offsets_mapping=True,
+            )
             for token, (a, b) in zip(out["input_ids"], out["offset_mapping"], strict=True):
                 ids.append(token)
                 labels.append(token if any(learned[a : max(b, a + 1)]) else IGNORE)
@@ -159,8 +166,9 @@ def _released(tokenizer: Any, ids: list[int], labels: list[int], form: Template)
     """
     if "<|im_start|>" not in form.specials:
         return labels
-    newline, header = (tokenizer(text, add_special_tokens=False)["input_ids"]
-                       for text in ("\n", form.assistant))  # fmt: skip
+    newline, header = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\n", form.assistant)
+    )
     always, out = {*tokenizer.convert_tokens_to_ids(form.specials), *newline}, list(labels)
     for i, token in enumerate(ids):
         if token in always:

@@ -125,19 +125,39 @@ class Recipe:
 
 
 CHOICES = {  # of a key in one of these parts
-    Recipe: {"encoder": ENCODERS, "connector": ACTIVATIONS, "template": TEMPLATES,
-             "label_mask": MASKS, "precision": ("auto", "fp32")},
-    Visual: {"pooling": ("bilinear", "average"), "arrange": ("raster", "flat"),
-             "budget": ("per_view", "mosaic")},
+    Recipe: {
+        "encoder": ENCODERS,
+        "connector": ACTIVATIONS,
+        "template": TEMPLATES,
+        "label_mask": MASKS,
+        "precision": ("auto", "fp32"),
+    },
+    Visual: {
+        "pooling": ("bilinear", "average"),
+        "arrange": ("raster", "flat"),
+        "budget": ("per_view", "mosaic"),
+    },
     Stage: {"train": ("projector", "projector+llm", "full"), "template": ("", *TEMPLATES)},
     Task: {"metric": METRICS},
     Source: {},
-}  # fmt: skip
+}
 LEAST = {  # of a key wherever it stands
-    "seed": 0, "workers": 0, "max_length": 1, "lift": 0, "pool_stride": 1, "samples": 0,
-    "lr": 0, "vision_lr": 0, "projector_lr": 0, "batch_size": 1, "microbatch_tokens": 1,
-    "warmup": 0, "weight_decay": 0, "save_interval": 1, "max_new_tokens": 1,
-}  # fmt: skip
+    "seed": 0,
+    "workers": 0,
+    "max_length": 1,
+    "lift": 0,
+    "pool_stride": 1,
+    "samples": 0,
+    "lr": 0,
+    "vision_lr": 0,
+    "projector_lr": 0,
+    "batch_size": 1,
+    "microbatch_tokens": 1,
+    "warmup": 0,
+    "weight_decay": 0,
+    "save_interval": 1,
+    "max_new_tokens": 1,
+}
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
@@ -182,9 +202,11 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None, **changes:
     try:
         typed = OmegaConf.to_container(OmegaConf.from_dotlist(overrides or []))
         typed = OmegaConf.merge(
-            OmegaConf.structured(Recipe), read_yaml(Path(path).resolve()),
-            absolute_paths(typed, Path.cwd()), changes,
-        )  # fmt: skip
+            OmegaConf.structured(Recipe),
+            read_yaml(Path(path).resolve()),
+            absolute_paths(typed, Path.cwd()),
+            changes,
+        )
         recipe = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         known = ""

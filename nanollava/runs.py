@@ -6,15 +6,12 @@ The same recipe again continues what it finds there; another recipe is refused.
 import csv
 import json
 import os
-import platform
 import shutil
-import subprocess
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
 from pickle import UnpicklingError
@@ -27,12 +24,10 @@ from torch.serialization import safe_globals
 from torch.torch_version import TorchVersion
 from tqdm import tqdm
 
+from nanollava.extras.environment import environment
 from nanollava.files import write_atomically
 from nanollava.recipe import Recipe, Stage, differences, read_recipe, write_recipe
 
-PACKAGES = ("torch", "transformers", "mosaicml", "mosaicml-streaming", "open_clip_torch")
-ROOT = Path(__file__).parents[1]
-CODE = ("nanollava", "recipes", ":!recipes/ablations/results", ":!recipes/*.md")
 BEFORE = 20  # steps that a jump is seen against
 # A jump is both: so many deviations above their mean, and so many times it.
 DEVIATIONS, TIMES = 4, 1.2
@@ -156,28 +151,6 @@ def finish(run: Path, last: Path) -> None:
         with write_atomically(run / file.name) as half:
             shutil.copy(file, half)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
-
-
-def commit() -> str:
-    """This checkout's commit, with -dirty where its code was changed; "" outside of git."""
-    if not shutil.which("git"):
-        return ""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *CODE], capture_output=True)
-    return head.stdout.strip() + ("-dirty" if changed.returncode == 1 else "")
-
-
-def environment(recipe: Recipe, processes: int) -> dict:
-    """One start of a run, for its environment.json."""
-    return {
-        "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "processes": processes,
-        "commit": commit(),
-        "seed": recipe.seed,
-    }
 
 
 class LossBand:

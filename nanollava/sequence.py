@@ -111,9 +111,13 @@ class Writer:
         return tuple(layout(image.size, alone, self.tile, self.side) for image in images)
 
     def plain(
-        self, turns: Sequence[Turn], images: Sequence[Image], name: str = "", source: str = "",
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[Image],
+        name: str = "",
+        source: str = "",
         answer: bool = False,
-    ) -> Document:  # fmt: skip
+    ) -> Document:
         """A document without its pixels.
 
         One over `max_length` loses its last words; where image tokens or all that is supervised
@@ -139,9 +143,13 @@ class Writer:
         return Document(zero, zero + IGNORE, none, (), source, name, f"{told}; left out")
 
     def __call__(
-        self, turns: Sequence[Turn], images: Sequence[Image], name: str = "", source: str = "",
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[Image],
+        name: str = "",
+        source: str = "",
         answer: bool = False,
-    ) -> Document:  # fmt: skip
+    ) -> Document:
         """A document; with `answer` it ends where an answer begins, for generation."""
         plain = self.plain(turns, images, name, source, answer)
         views = [cut_views(image, lay) for image, lay in zip(images, plain.layouts, strict=False)]

@@ -148,10 +148,14 @@ class Report(Callback):
             return
         seconds = time.perf_counter() - self.start
         lr = max(group["lr"] for group in state.optimizers[0].param_groups)
-        runs.add_losses(self.run, [
-            (self.name, step, source, f"{total / n:.6f}", int(n), f"{lr:.3g}", f"{seconds:.2f}")
-            for source, (total, n) in zip([*student.sources, "all"], rows, strict=True) if n
-        ])  # fmt: skip
+        runs.add_losses(
+            self.run,
+            [
+                (self.name, step, source, f"{total / n:.6f}", int(n), f"{lr:.3g}", f"{seconds:.2f}")
+                for source, (total, n) in zip([*student.sources, "all"], rows, strict=True)
+                if n
+            ],
+        )
         speed = (int(state.timestamp.token) - self.tokens) / seconds
         told = f"{self.course.tell(step, loss)}, {speed:,.0f} tokens/s"
         self.bar.set_postfix_str(told, refresh=False)

@@ -54,9 +54,14 @@ def tune(name: str, steps: int, *overrides: str) -> str:
     (run / "start").mkdir(parents=True, exist_ok=True)
     shutil.copy(SHIPPED / "model.safetensors", run / "start")  # a stage that is done is loaded
     changed = replace(
-        recipe, run=str(run.resolve()), data=str(ROOT / "data" / "nano"), tasks={}, settings={},
-        sources={"instructions": samples}, stages={"start": stage, "stage2": stage},
-    )  # fmt: skip
+        recipe,
+        run=str(run.resolve()),
+        data=str(ROOT / "data" / "nano"),
+        tasks={},
+        settings={},
+        sources={"instructions": samples},
+        stages={"start": stage, "stage2": stage},
+    )
     write_recipe(changed, run / "asked.yaml")
     command = [sys.executable, "-m", "nanollava", "train", str(run / "asked.yaml")]
     subprocess.run(command, check=True)
@@ -68,10 +73,12 @@ def say(*words: str) -> int:
     print what it says but for progress bars and this machine's folders; returns its exit code.
     """
     done = subprocess.run(
-        [sys.executable, "tiny.py", *words], cwd=Path(__file__).parent,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, "tiny.py", *words],
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"},
-    )  # fmt: skip
+    )
     lines = [line.rstrip("\r").split("\r")[-1] for line in done.stdout.decode().split("\n")]
     told = [line for line in lines if line.strip() and "it/s]" not in line]
     print("\n".join(told).replace(f"{ROOT}/", "").replace(str(ROOT), "."))
@@ -86,8 +93,15 @@ def hours(name: str, *overrides: str) -> list[dict]:
     found = list(read_rows(ROOT / f"recipes/ablations/{name}.yaml", "full").items())
     for title, row in tqdm(found[: 2 if QUICK else None], name):
         stage = plan(read_recipe(row.base, [*row.keys, *overrides]))["stage2"]
-        rows.append({"row": title, "packed": stage["hours"],
-                     "padded": stage["hours"] * (1 + stage["padding"]),
-                     "blog": rows_of.clock(rows_of.printed(row)["training_time"])})  # fmt: skip
-    return [{"row": r["row"], **{k: r[k] / rows[0][k] for k in ("packed", "padded", "blog")}}
-            for r in rows]  # fmt: skip
+        rows.append(
+            {
+                "row": title,
+                "packed": stage["hours"],
+                "padded": stage["hours"] * (1 + stage["padding"]),
+                "blog": rows_of.clock(rows_of.printed(row)["training_time"]),
+            }
+        )
+    return [
+        {"row": r["row"], **{k: r[k] / rows[0][k] for k in ("packed", "padded", "blog")}}
+        for r in rows
+    ]

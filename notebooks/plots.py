@@ -89,8 +89,10 @@ def grid_over(axis, image: Image.Image, lay: Layout) -> None:
 
 def tiles_of(views: np.ndarray, lay: Layout, gap: int = 2) -> np.ndarray:
     """(N, R, R, 3) views -> the tiles in their places with a gap around each."""
-    (a, b), tiles = lay.grid, np.pad(views[1:], ((0, 0), (gap,) * 2, (gap,) * 2, (0, 0)),
-                                     constant_values=190)  # fmt: skip
+    (a, b), tiles = (
+        lay.grid,
+        np.pad(views[1:], ((0, 0), (gap,) * 2, (gap,) * 2, (0, 0)), constant_values=190),
+    )
     rows = tiles.reshape(b, a, *tiles.shape[1:]).transpose(0, 2, 1, 3, 4)  # (b, R, a, R, 3)
     return rows.reshape(b * tiles.shape[1], a * tiles.shape[2], 3)
 
@@ -165,9 +167,11 @@ def budget(model, image: Image.Image, grid: str, tau: str, most: int = 900) -> N
         y = (np.arange(rows) + 0.5) * image.height / rows
         axes[0].plot(*(xy.ravel() for xy in np.meshgrid(x, y)), ".", color=BASE, ms=2)
     cost = forward_flops(rates(model), [document], T, visual.pool_after_projector)
-    parts = {"encoder": cost["encoder"] + cost["stem"],
-             "projector": cost["projector"] + cost["projector_2"],
-             "LLM": cost["llm"] + cost["attention"]}  # fmt: skip
+    parts = {
+        "encoder": cost["encoder"] + cost["stem"],
+        "projector": cost["projector"] + cost["projector_2"],
+        "LLM": cost["llm"] + cost["attention"],
+    }
     axes[1].barh(list(parts), [n / 1e6 for n in parts.values()], color=OURS[:3])
     axes[1].set(xlim=(0, most), xlabel="million FLOPs")
     axes[1].set_title(f"{lay.views} views x {T} features -> {lay.tokens} tokens", fontsize=9)
@@ -209,8 +213,10 @@ def scaling() -> None:
     """The blog's averages over the size of the LLM (T1), and over the size and the visual tokens of
     the vision encoder (T3); one scale of scores for all.
     """
-    llm, encoder = (pd.DataFrame(t["rows"], columns=[*t["factors"], *t["metrics"]])
-                    for t in (BLOG["tables"]["T1"], BLOG["tables"]["T3"]))  # fmt: skip
+    llm, encoder = (
+        pd.DataFrame(t["rows"], columns=[*t["factors"], *t["metrics"]])
+        for t in (BLOG["tables"]["T1"], BLOG["tables"]["T3"])
+    )
     billions = llm.llm.str.extract(r"([\d.]+)B$")[0].astype(float)
     tokens = encoder.visual_tokens.str.split("*").str[0].astype(int)
     names = [f"{n} at {r}" for n, r in zip(encoder.vision_encoder, encoder.resolution)]
@@ -237,18 +243,26 @@ def bars(rows: Sequence[dict], against: str = "task", by: str = "setting") -> No
     _, axis = plt.subplots(figsize=(1.2 + 1.1 * len(groups), 2.6))
     for i, name in enumerate(names):
         mine = [row for row in rows if row[by] == name]
-        x = [groups.index(row[against]) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
-             for row in mine]  # fmt: skip
-        score, low, high = (np.array([100 * row[key] for row in mine])
-                            for key in ("score", "low", "high"))  # fmt: skip
+        x = [
+            groups.index(row[against]) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
+            for row in mine
+        ]
+        score, low, high = (
+            np.array([100 * row[key] for row in mine]) for key in ("score", "low", "high")
+        )
         hatch = "////" if i >= 4 else None  # four colours, then the same ones hatched
         axis.bar(x, score, 0.75 / len(names), color=OURS[i % 4], hatch=hatch, label=name)
         axis.errorbar(
             x, score, [score - low, high - score], fmt="none", ecolor=INK, lw=1, capsize=2
         )
         chance = [100 * row["chance"] for row in mine]
-        axis.hlines(chance, np.array(x) - 0.4 / len(names), np.array(x) + 0.4 / len(names),
-                    color=INK, ls=":")  # fmt: skip
+        axis.hlines(
+            chance,
+            np.array(x) - 0.4 / len(names),
+            np.array(x) + 0.4 / len(names),
+            color=INK,
+            ls=":",
+        )
     axis.set(xticks=range(len(groups)), ylabel="score, %", ylim=(0, 105))
     axis.set_xticklabels([str(g).removeprefix("nano-") for g in groups], rotation=30, ha="right")
     if rows:
@@ -261,8 +275,9 @@ def beside(blog: dict[str, float], ours: Sequence[dict], names: tuple[str, str])
     """
     _, axes = plt.subplots(1, 2, figsize=(6.4, 2.3))
     axes[0].plot(list(blog), list(blog.values()), "o-", mfc="white", color=INK)
-    score, low, high = (np.array([100 * row[key] for row in ours])
-                        for key in ("score", "low", "high"))  # fmt: skip
+    score, low, high = (
+        np.array([100 * row[key] for row in ours]) for key in ("score", "low", "high")
+    )
     x = [row["setting"] for row in ours]
     axes[1].errorbar(x, score, [score - low, high - score], fmt="o-", color=OURS[0], capsize=3)
     if not ours:

@@ -33,8 +33,9 @@ def small(png: str) -> str:
 
 def clean(notebook: NotebookNode) -> None:
     """Drop what a rerun would change for no reason, and what names this machine."""
-    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3",
-                                        "language": "python"}}  # fmt: skip
+    notebook.metadata = {
+        "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
+    }
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         kept: list[NotebookNode] = []

@@ -45,11 +45,16 @@ def spread(measured: Sequence[dict], metric: str | Sequence[str]) -> dict:
 def scores(name: str, tasks: Sequence[str] = (), rows: Sequence[str] = ()) -> list[dict]:
     """Rows for `plots.bars` and `plots.beside`: mean over seeds and its 95% t interval."""
     return [
-        {"setting": row, "task": task, "chance": measured[0]["tasks"][task]["chance"],
-         **spread(measured, task)}
-        for row, measured in lines(name).items() if not rows or row in rows
+        {
+            "setting": row,
+            "task": task,
+            "chance": measured[0]["tasks"][task]["chance"],
+            **spread(measured, task),
+        }
+        for row, measured in lines(name).items()
+        if not rows or row in rows
         for task in tasks or measured[0]["tasks"]
-    ]  # fmt: skip
+    ]
 
 
 def typical(measured: Sequence[dict], metric: str) -> float:
@@ -59,15 +64,24 @@ def typical(measured: Sequence[dict], metric: str) -> float:
 
 def work(name: str) -> list[dict]:
     """The last stage of each row: FLOPs as counted from its records, and CPU seconds."""
-    return [{"row": row, "seeds": len(measured),
-             "flops": typical(measured, "flops"), "seconds": typical(measured, "train")}
-            for row, measured in lines(name).items()]  # fmt: skip
+    return [
+        {
+            "row": row,
+            "seeds": len(measured),
+            "flops": typical(measured, "flops"),
+            "seconds": typical(measured, "train"),
+        }
+        for row, measured in lines(name).items()
+    ]
 
 
 def averages(name: str, rows: Sequence[str] = ()) -> list[dict]:
     """Rows for `plots.beside`: the mean of all tasks, over seeds, and its 95% t interval."""
-    return [{"setting": row, **spread(measured, [*measured[0]["tasks"]])}
-            for row, measured in lines(name).items() if not rows or row in rows]  # fmt: skip
+    return [
+        {"setting": row, **spread(measured, [*measured[0]["tasks"]])}
+        for row, measured in lines(name).items()
+        if not rows or row in rows
+    ]
 
 
 def table(name: str, tasks: Sequence[str] = ()) -> Styler:
@@ -87,11 +101,17 @@ def claims(*names: str, metrics: Sequence[str] = ()) -> Styler:
     those alone that are about one of them.
     """
     shown = [
-        {"claim": v.claim.title, "the blog": v.claim.source, "measured": results.difference(v, 2),
-         "seeds": len(v.seeds), "verdict": v.word}
-        for name in names for v in results.judged(ABLATIONS / f"{name}.yaml")
+        {
+            "claim": v.claim.title,
+            "the blog": v.claim.source,
+            "measured": results.difference(v, 2),
+            "seeds": len(v.seeds),
+            "verdict": v.word,
+        }
+        for name in names
+        for v in results.judged(ABLATIONS / f"{name}.yaml")
         if not metrics or {*v.claim.metric} & {*metrics}
-    ]  # fmt: skip
+    ]
     left = {"text-align": "left"}
     return pd.DataFrame(shown).style.hide(axis="index").set_properties(**left)
 
@@ -142,21 +162,42 @@ def frontier(
     figure.tight_layout()
 
 
-ALL = ("nano-doc", "nano-sheet", "nano-dense", "nano-info", "nano-chart", "nano-presence",
-       "nano-choice")  # fmt: skip
+ALL = (
+    "nano-doc",
+    "nano-sheet",
+    "nano-dense",
+    "nano-info",
+    "nano-chart",
+    "nano-presence",
+    "nano-choice",
+)
 FIGURE_2 = {  # series: (ablation, its rows by amount, marker and line, colour)
-    "stage 1.5, re-captions":
-        ("stage1_5_data", ("118K (ReCap)", "558K (ReCap)", "3M (ReCap)"), "o-", plots.GRID),
-    "stage 1.5, raw captions":
-        ("stage1_5_data", ("COCO118K", "BLIP558K", "CC3M"), "o--", plots.BASE),
+    "stage 1.5, re-captions": (
+        "stage1_5_data",
+        ("118K (ReCap)", "558K (ReCap)", "3M (ReCap)"),
+        "o-",
+        plots.GRID,
+    ),
+    "stage 1.5, raw captions": (
+        "stage1_5_data",
+        ("COCO118K", "BLIP558K", "CC3M"),
+        "o--",
+        plots.BASE,
+    ),
     "stage 1, public raw captions": ("stage1_data", ("558K", "CC3M", "CC12M"), "s-", plots.INK),
-    "stage 1, web, top quality":
-        ("stage1_data", tuple(f"Web {n}, top quality" for n in ("0.6M", "3M", "12M")), "s--",
-         plots.OURS[1]),
-    "stage 1, web, random":
-        ("stage1_data", tuple(f"Web {n}, random" for n in ("0.6M", "3M", "12M")), "s:",
-         plots.OURS[3]),
-}  # fmt: skip
+    "stage 1, web, top quality": (
+        "stage1_data",
+        tuple(f"Web {n}, top quality" for n in ("0.6M", "3M", "12M")),
+        "s--",
+        plots.OURS[1],
+    ),
+    "stage 1, web, random": (
+        "stage1_data",
+        tuple(f"Web {n}, random" for n in ("0.6M", "3M", "12M")),
+        "s:",
+        plots.OURS[3],
+    ),
+}
 
 
 def figure_2(metric: Sequence[str] = ALL) -> None:
@@ -179,8 +220,13 @@ def figure_2(metric: Sequence[str] = ALL) -> None:
     axes[0].axhline(baseline, color=plots.INK, lw=0.8, ls="-.", label="no stage 1.5 (T12)")
     measured = lines("stage1_data") or lines("stage1_5_data")
     for axis, title in zip(axes, ("blog (T11, T12)", "nano" if measured else "nano: not run yet")):
-        axis.set(xscale="log", xlim=(9e4, 1.6e7), title=title, ylabel="average, %",
-                 xlabel="samples, as the blog counts")  # fmt: skip
+        axis.set(
+            xscale="log",
+            xlim=(9e4, 1.6e7),
+            title=title,
+            ylabel="average, %",
+            xlabel="samples, as the blog counts",
+        )
     figure.legend(ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0))
     figure.tight_layout()
 

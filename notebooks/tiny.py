@@ -24,9 +24,14 @@ TEXT = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 1, "layers"
 def vit_nano_siglip(pretrained: bool = False, **keys) -> VisionTransformer:
     """The tower as timm builds it: one block more than is kept, as SigLIP is published."""
     return VisionTransformer(
-        img_size=TILE, patch_size=PATCH, embed_dim=WIDTH, depth=BLOCKS + 1, num_heads=6,
-        class_token=False, **{k: v for k, v in keys.items() if k in ("num_classes", "global_pool")},
-    )  # fmt: skip
+        img_size=TILE,
+        patch_size=PATCH,
+        embed_dim=WIDTH,
+        depth=BLOCKS + 1,
+        num_heads=6,
+        class_token=False,
+        **{k: v for k, v in keys.items() if k in ("num_classes", "global_pool")},
+    )
 
 
 __all__ = [NAME]
@@ -35,8 +40,11 @@ if NAME not in timm.list_models():
     vision = {"image_size": TILE, "timm_model_name": NAME, "timm_pool": "map", "timm_proj": "none"}
     with TemporaryDirectory() as folder:
         file = Path(folder, f"{NAME}.json")
-        file.write_text(json.dumps({"embed_dim": 16, "custom_text": True, "text_cfg": TEXT,
-                                    "vision_cfg": vision}))  # fmt: skip
+        file.write_text(
+            json.dumps(
+                {"embed_dim": 16, "custom_text": True, "text_cfg": TEXT, "vision_cfg": vision}
+            )
+        )
         add_model_config(file)
 ENCODERS["tiny_siglip"] = EncoderSpec(TILE, PATCH, WIDTH, BLOCKS, tanh=True, open_clip=NAME)
 

@@ -58,10 +58,15 @@ def llm_folder(folder: Path, tokenizer, **changes) -> str:
     from transformers import Qwen2Config
 
     keys = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 4096, "tie_word_embeddings": True,
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    }
     Qwen2Config(**keys | changes, architectures=["Qwen2ForCausalLM"]).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -79,10 +84,15 @@ def tiny_recipe(tiny_llm):
     from nanollava.recipe import Recipe
 
     return Recipe(
-        encoder="nano_s", encoder_weights="random", llm=tiny_llm, llm_weights="random",
-        visual=Visual(max_grid="3x3", max_visual_tokens="10T"), max_length=4096, precision="fp32",
+        encoder="nano_s",
+        encoder_weights="random",
+        llm=tiny_llm,
+        llm_weights="random",
+        visual=Visual(max_grid="3x3", max_visual_tokens="10T"),
+        max_length=4096,
+        precision="fp32",
         workers=0,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")

@@ -42,11 +42,22 @@ from nanollava.sources import records  # noqa: E402
 ALLOWED = (ValueError, OSError)
 SECONDS = 2.0
 RECORDS = [
-    {"id": "a", "image": "a.png", "conversations": [
-        {"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a page"}]},
-    {"id": 7, "conversations": [{"from": "human", "value": "hello"},
-                                {"from": "gpt", "value": "hello there"}]},
-]  # fmt: skip
+    {
+        "id": "a",
+        "image": "a.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nwhat is it?"},
+            {"from": "gpt", "value": "a page"},
+        ],
+    },
+    {
+        "id": 7,
+        "conversations": [
+            {"from": "human", "value": "hello"},
+            {"from": "gpt", "value": "hello there"},
+        ],
+    },
+]
 
 
 def picture(kind: str, mode: str = "RGB", **keys) -> bytes:
@@ -156,18 +167,35 @@ IMAGES = {"1.jpg": picture("JPEG"), "1.txt": b"a dot", "2.jpg": picture("JPEG"),
 NAMED = {"images/a.png": picture("PNG"), "images/b.png": picture("PNG")}
 LINES = b'{"task": "a", "score": 0.5}\n{"task": "b", "sc'
 DOORS: dict[str, tuple[Callable[[bytes, Path], None], Callable[[], list[bytes]]]] = {
-    "image": (lambda data, folder: open_image(data), lambda: [
-        picture("PNG"), picture("JPEG"), picture("GIF", "P"), picture("WEBP"), picture("TIFF"),
-        picture("BMP"), picture("PNG", "P"), picture("TIFF", "CMYK"), picture("PPM"),
-        picture("PNG", "I;16"), picture("JPEG", "CMYK"),
-        picture("TIFF", compression="tiff_lzw")]),
-    "video": (lambda data, folder: open_video(data, 4), lambda: [
-        film(6), film(4, kind="avi"), film(4, kind="matroska")]),
-    "recipe": (text_file(read_recipe, "own.yaml"), lambda: [
-        at_home("qwen05b.yaml"), at_home("nano.yaml")]),
-    "ablation": (text_file(lambda file: (rows.read_rows(file), verdicts.read_claims(file)),
-                           "own.yaml"), lambda: [
-        at_home("ablations/lifting.yaml")]),
+    "image": (
+        lambda data, folder: open_image(data),
+        lambda: [
+            picture("PNG"),
+            picture("JPEG"),
+            picture("GIF", "P"),
+            picture("WEBP"),
+            picture("TIFF"),
+            picture("BMP"),
+            picture("PNG", "P"),
+            picture("TIFF", "CMYK"),
+            picture("PPM"),
+            picture("PNG", "I;16"),
+            picture("JPEG", "CMYK"),
+            picture("TIFF", compression="tiff_lzw"),
+        ],
+    ),
+    "video": (
+        lambda data, folder: open_video(data, 4),
+        lambda: [film(6), film(4, kind="avi"), film(4, kind="matroska")],
+    ),
+    "recipe": (
+        text_file(read_recipe, "own.yaml"),
+        lambda: [at_home("qwen05b.yaml"), at_home("nano.yaml")],
+    ),
+    "ablation": (
+        text_file(lambda file: (rows.read_rows(file), verdicts.read_claims(file)), "own.yaml"),
+        lambda: [at_home("ablations/lifting.yaml")],
+    ),
     "json": (file_of("json:own.json"), lambda: [json.dumps(RECORDS).encode()]),
     "zip": (boxed("own.zip"), lambda: [archive(NAMED)]),
     "tar": (boxed("own.tar"), lambda: [tar(NAMED)]),
@@ -176,15 +204,23 @@ DOORS: dict[str, tuple[Callable[[bytes, Path], None], Callable[[], list[bytes]]]
     "pdf": (file_of("pdf:own.pdf"), lambda: [pdf()]),
     "talk": (talk, lambda: [json.dumps(RECORDS[0]["conversations"]).encode()]),
     "results": (text_file(read_lines, "own.jsonl"), lambda: [LINES]),
-    "weights": (run_file("model.safetensors"), lambda: [
-        (ROOT / "demo/nano/model.safetensors").read_bytes()]),
-    "run's recipe": (run_file("recipe.yaml"), lambda: [
-        (ROOT / "demo/nano/recipe.yaml").read_bytes()]),
-    "run's config": (run_file("config.json"), lambda: [
-        (ROOT / "demo/nano/config.json").read_bytes()]),
-    "run's tokenizer": (run_file("tokenizer.json"), lambda: [
-        (ROOT / "demo/nano/tokenizer.json").read_bytes()]),
-}  # fmt: skip
+    "weights": (
+        run_file("model.safetensors"),
+        lambda: [(ROOT / "demo/nano/model.safetensors").read_bytes()],
+    ),
+    "run's recipe": (
+        run_file("recipe.yaml"),
+        lambda: [(ROOT / "demo/nano/recipe.yaml").read_bytes()],
+    ),
+    "run's config": (
+        run_file("config.json"),
+        lambda: [(ROOT / "demo/nano/config.json").read_bytes()],
+    ),
+    "run's tokenizer": (
+        run_file("tokenizer.json"),
+        lambda: [(ROOT / "demo/nano/tokenizer.json").read_bytes()],
+    ),
+}
 seeds_of = cache(lambda name: DOORS[name][1]())
 
 

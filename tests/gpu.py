@@ -116,8 +116,11 @@ def training(model: VLM, documents: list[Document], device: str, steps: int, bud
         forward_flops(rates(model), documents, model.spec.side**2, keys.pool_after_projector),
         TRAIN["full"],
     )
-    told("G1 useful FLOP/s", f"{flops / seconds / PEAK:.1%} of 790 T, {n / seconds:.1f} samples/s",
-         ">= 45%")  # fmt: skip
+    told(
+        "G1 useful FLOP/s",
+        f"{flops / seconds / PEAK:.1%} of 790 T, {n / seconds:.1f} samples/s",
+        ">= 45%",
+    )
     if device == "cuda":
         stage = Stage(microbatch_tokens=budget, batch_size=n)
         need = memory(model.recipe, stage, model, peer.averages(documents), 1, "bf16")
@@ -158,8 +161,13 @@ def waiting(model: VLM, device: str, steps: int, batch: int, budget: int) -> Non
     """G3: the share of the time in which the device has nothing to do but wait for documents."""
     model.to(device).set_trainable("full")
     optimizer = torch.optim.AdamW(model.groups(2e-5, 2e-6, 2e-5, 0.0), fused=True)
-    loader = DataLoader(Endless(model), batch, num_workers=8 if device == "cuda" else 1,
-                        collate_fn=list, prefetch_factor=4)  # fmt: skip
+    loader = DataLoader(
+        Endless(model),
+        batch,
+        num_workers=8 if device == "cuda" else 1,
+        collate_fn=list,
+        prefetch_factor=4,
+    )
     source, lost, begin = iter(loader), 0.0, 0.0
     for i in range(steps + 2):
         before = time.perf_counter()
@@ -198,13 +206,17 @@ def main(
     if device == "cpu" and size == "real":
         raise typer.BadParameter("no GPU here: real widths would need days; try --size tiny")
     name = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
-    visual = Visual(max_grid=grid, max_visual_tokens="5T" if grid == "5grids" else "10T",
-                    budget="mosaic")  # fmt: skip
+    visual = Visual(
+        max_grid=grid, max_visual_tokens="5T" if grid == "5grids" else "10T", budget="mosaic"
+    )
     told("device", name, f"torch {torch.__version__}, transformers {transformers.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         tiny = {"visual": replace(visual, max_grid="2x2"), "precision": "auto"}
-        model = (peer.real(Path(folder), visual=visual, connector="gelu") if size == "real"
-                 else peer.ours(Path(folder), **tiny))  # fmt: skip
+        model = (
+            peer.real(Path(folder), visual=visual, connector="gelu")
+            if size == "real"
+            else peer.ours(Path(folder), **tiny)
+        )
     images = photos(count)
     documents = [document(model, x, 90 + 40 * (i % 7)) for i, x in enumerate(images)]
     budget = 16384 if size == "real" else 2000

@@ -46,10 +46,16 @@ def write_recipe(folder: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes/nano/tokenizer")
     tokenizer.save_pretrained(folder / "llm")
     Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True,
-        max_position_embeddings=2048, architectures=["Qwen2ForCausalLM"],
-    ).save_pretrained(folder / "llm")  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        architectures=["Qwen2ForCausalLM"],
+    ).save_pretrained(folder / "llm")
     file = folder / "tiny.yaml"
     file.write_text(RECIPE.format(folder=folder, root=ROOT))
     return file
@@ -72,9 +78,14 @@ def start(recipe: Path, *overrides: str, flags: tuple[str, ...] = (), **environm
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     words = [LAUNCHER if flags else sys.executable, *flags, str(recipe), *overrides]
     return subprocess.Popen(
-        words, cwd=recipe.parent, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        words,
+        cwd=recipe.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -95,8 +106,10 @@ def check_equal_runs(one: Path, two: Path) -> None:
     """The same weights to the last bit, the same loss of each source at each step."""
     first, second = (load_file(run / "model.safetensors") for run in (one, two))
     assert first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first)
-    first, second = ([{k: v for k, v in row.items() if k != "seconds"} for row in read_losses(run)]
-                     for run in (one, two))  # fmt: skip
+    first, second = (
+        [{k: v for k, v in row.items() if k != "seconds"} for row in read_losses(run)]
+        for run in (one, two)
+    )
     assert first == second and len(first) >= 28
 
 

@@ -23,6 +23,8 @@ def mixed(split: str, count: int, seed: int):
             Image.fromarray(pixels).save(file, "PNG")
             image, question = file.getvalue(), "<image>\nwhat is the value?"
         yield {
-            "id": f"{split}-{i}", "image": image, "source": "mixed",
+            "id": f"{split}-{i}",
+            "image": image,
+            "source": "mixed",
             "conversations": [{"from": "human", "value": question}, answer],
-        }  # fmt: skip
+        }

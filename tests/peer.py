@@ -80,18 +80,28 @@ def tower(size: Size, folder: Path) -> EncoderSpec:
 
     def build(pretrained: bool = False, **kwargs) -> VisionTransformer:
         return VisionTransformer(
-            img_size=size.tile, patch_size=size.patch, embed_dim=size.width, depth=size.blocks + 1,
-            num_heads=size.heads, mlp_ratio=3.7362, class_token=False,
+            img_size=size.tile,
+            patch_size=size.patch,
+            embed_dim=size.width,
+            depth=size.blocks + 1,
+            num_heads=size.heads,
+            mlp_ratio=3.7362,
+            class_token=False,
             **{k: v for k, v in kwargs.items() if k in ("num_classes", "global_pool")},
-        )  # fmt: skip
+        )
 
     build.__name__, build.__module__ = name, __name__
     if name not in timm.list_models():
         globals().setdefault("__all__", []).append(name)
         timm.models.register_model(build)
     text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1}
-    vision = {"image_size": size.tile, "timm_model_name": name, "timm_model_pretrained": False,
-              "timm_pool": "map", "timm_proj": "none"}  # fmt: skip
+    vision = {
+        "image_size": size.tile,
+        "timm_model_name": name,
+        "timm_model_pretrained": False,
+        "timm_pool": "map",
+        "timm_proj": "none",
+    }
     config = {"embed_dim": 16, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
     (folder / f"{name}.json").write_text(json.dumps(config))
     add_model_config(folder / f"{name}.json")
@@ -108,9 +118,14 @@ def clip(folder: Path, layers: int = 3) -> tuple[EncoderSpec, CLIPVisionModel]:
     (folder / f"{name}.json").write_text(json.dumps(config))
     add_model_config(folder / f"{name}.json")
     theirs = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4,
-        image_size=75, patch_size=14, hidden_act="quick_gelu",
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        image_size=75,
+        patch_size=14,
+        hidden_act="quick_gelu",
+    )
     row = EncoderSpec(75, 14, 64, layers - 1, CLIP_MEAN, CLIP_STD, open_clip=name)
     return row, CLIPVisionModel(theirs).eval()
 
@@ -130,19 +145,27 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>", "<image>"], clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<image>"],
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def qwen2(size: Size) -> Qwen2Config:
     """The LLM's config."""
     return Qwen2Config(
-        vocab_size=size.vocabulary, hidden_size=size.dim, num_hidden_layers=size.layers,
-        intermediate_size=size.ffn, num_attention_heads=size.llm_heads,
-        num_key_value_heads=size.kv_heads, tie_word_embeddings=size.tied,
-        max_position_embeddings=16384, initializer_range=0.05,
-    )  # fmt: skip
+        vocab_size=size.vocabulary,
+        hidden_size=size.dim,
+        num_hidden_layers=size.layers,
+        intermediate_size=size.ffn,
+        num_attention_heads=size.llm_heads,
+        num_key_value_heads=size.kv_heads,
+        tie_word_embeddings=size.tied,
+        max_position_embeddings=16384,
+        initializer_range=0.05,
+    )
 
 
 def ours(folder: Path, size: Size = TINY, visual: Visual = MOSAIC, **keys) -> VLM:
@@ -151,8 +174,15 @@ def ours(folder: Path, size: Size = TINY, visual: Visual = MOSAIC, **keys) -> VL
     qwen2(size).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     ENCODERS[size.name] = tower(size, folder)
-    recipe = Recipe(encoder=size.name, encoder_weights="random", llm=str(folder), visual=visual,
-                    llm_weights="random", connector="gelu", precision="fp32")  # fmt: skip
+    recipe = Recipe(
+        encoder=size.name,
+        encoder_weights="random",
+        llm=str(folder),
+        visual=visual,
+        llm_weights="random",
+        connector="gelu",
+        precision="fp32",
+    )
     torch.manual_seed(0)
     model = VLM(replace(recipe, **keys))
     with torch.no_grad():
@@ -214,17 +244,25 @@ def peer_of(model: VLM, device: str = "cpu") -> LlavaOnevisionForConditionalGene
     row, words = model.spec, model.tokenizer
     blocks = model.encoder.visual.trunk.blocks
     vision = SiglipVisionConfig(
-        hidden_size=row.width, intermediate_size=blocks[0].mlp.fc1.out_features,
-        num_hidden_layers=row.blocks, num_attention_heads=blocks[0].attn.num_heads,
-        image_size=row.tile, patch_size=row.patch, vision_use_head=False,
-    )  # fmt: skip
+        hidden_size=row.width,
+        intermediate_size=blocks[0].mlp.fc1.out_features,
+        num_hidden_layers=row.blocks,
+        num_attention_heads=blocks[0].attn.num_heads,
+        image_size=row.tile,
+        patch_size=row.patch,
+        vision_use_head=False,
+    )
     text = Qwen2Config(**model.llm.config.to_dict())
     config = LlavaOnevisionConfig(
-        vision_config=vision, text_config=text, vision_aspect_ratio=budget(model),
+        vision_config=vision,
+        text_config=text,
+        vision_aspect_ratio=budget(model),
         **grids(model),
-        image_token_index=words.convert_tokens_to_ids("<image>"), video_token_index=-7,
-        tie_word_embeddings=text.tie_word_embeddings, pad_token_id=words.pad_token_id,
-    )  # fmt: skip
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        video_token_index=-7,
+        tie_word_embeddings=text.tie_word_embeddings,
+        pad_token_id=words.pad_token_id,
+    )
     with torch.device(device):
         peer = LlavaOnevisionForConditionalGeneration(config).eval()
     peer.generation_config.eos_token_id = words.convert_tokens_to_ids("<|im_end|>")
@@ -296,15 +334,22 @@ def processor(model: VLM) -> LlavaOnevisionProcessor:
     """The peer's preprocessing at our tile, grids and budget."""
     row = model.spec
     images = LlavaOnevisionImageProcessor(
-        size={"height": row.tile, "width": row.tile}, image_mean=row.mean, image_std=row.std,
+        size={"height": row.tile, "width": row.tile},
+        image_mean=row.mean,
+        image_std=row.std,
         **grids(model),
-    )  # fmt: skip
+    )
     video = LlavaOnevisionVideoProcessor(size={"height": row.tile, "width": row.tile})
     return LlavaOnevisionProcessor(
-        images, model.tokenizer, video, num_image_tokens=row.side**2,
-        vision_feature_select_strategy="full", image_token="<image>", video_token="<|im_start|>",
+        images,
+        model.tokenizer,
+        video,
+        num_image_tokens=row.side**2,
+        vision_feature_select_strategy="full",
+        image_token="<image>",
+        video_token="<|im_start|>",
         vision_aspect_ratio=budget(model),
-    )  # fmt: skip
+    )
 
 
 def padded_step(peer: LlavaOnevisionForConditionalGeneration, views: int, rows: int, length: int):

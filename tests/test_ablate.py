@@ -91,21 +91,26 @@ def test_what_is_refused(tmp_path):
         ablate.plan_tasks(file, "nano", range(1), ["c"], set())
 
 
-@pytest.mark.parametrize("text, told", [
-    ("", "is no ablation: .*missing mandatory value: rows"),
-    ("rows: {}", "is no ablation: write rows"),
-    ("rows: {a: }", "is no ablation"),
-    ("rows: [a, b]", "is no ablation"),
-    ("rows: {a: {kyes: [seed=1]}}", "is no ablation: Key 'kyes'"),
-    ("rows: {a: {keys: seed=1}}", "is no ablation"),
-    ("rows: {a: {keys: [stages.stage2.lrr*=2]}}", "row a: stages.stage2.lrr.*has no number"),
-    ("rows: {a: {keys: [encoder*=2]}}", "row a: encoder.*has no number"),
-    ("rows: {a: {infer: {max_gird: 4x4}}}", "row a: visual keys.*max_gird"),
-    ("rows: {a: {}}\nclaim: {}", "is no ablation: Key 'claim'"),
-    ("rows: {a: {}}\nclaims: {c: {says: x, section: '2', metric: loss, contrast: {a: 0}}}",
-     "margin"),
-    ("rows: {a: {", "is no ablation"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("", "is no ablation: .*missing mandatory value: rows"),
+        ("rows: {}", "is no ablation: write rows"),
+        ("rows: {a: }", "is no ablation"),
+        ("rows: [a, b]", "is no ablation"),
+        ("rows: {a: {kyes: [seed=1]}}", "is no ablation: Key 'kyes'"),
+        ("rows: {a: {keys: seed=1}}", "is no ablation"),
+        ("rows: {a: {keys: [stages.stage2.lrr*=2]}}", "row a: stages.stage2.lrr.*has no number"),
+        ("rows: {a: {keys: [encoder*=2]}}", "row a: encoder.*has no number"),
+        ("rows: {a: {infer: {max_gird: 4x4}}}", "row a: visual keys.*max_gird"),
+        ("rows: {a: {}}\nclaim: {}", "is no ablation: Key 'claim'"),
+        (
+            "rows: {a: {}}\nclaims: {c: {says: x, section: '2', metric: loss, contrast: {a: 0}}}",
+            "margin",
+        ),
+        ("rows: {a: {", "is no ablation"),
+    ],
+)
 def test_files_that_mean_nothing_are_named(text, told, tmp_path):
     with pytest.raises(ValueError, match=f"rows.yaml.*{told}|{told}") as error:
         rows_of(tmp_path, text)
@@ -161,19 +166,31 @@ def test_rows_share_a_stage_only_if_it_is_the_same():
     assert base[0] == grid[0] and base[1] != grid[1]
     assert ends(["visual.lift=4", "visual.pooling=average", "visual.arrange=flat"])[0] == base[0]
     assert ends(["tasks.nano-doc.samples=7", "data=elsewhere", "workers=3"]) == base
-    others = ("visual.pool_stride=2", "llm=./recipes/nano/weights/llm_s", "stages.stage1.lr=1",
-              "sources.short.samples=7", "label_mask=released")  # fmt: skip
+    others = (
+        "visual.pool_stride=2",
+        "llm=./recipes/nano/weights/llm_s",
+        "stages.stage1.lr=1",
+        "sources.short.samples=7",
+        "label_mask=released",
+    )
     assert len({base[0], ends([], seed=1)[0], *(ends([key])[0] for key in others)}) == 7
     pooled = ["visual.pool_stride=2", "visual.pool_after_projector=false"]
     assert ends(pooled)[0] != ends(pooled[:1])[0], "stage 1 pools as well"
     assert ends(["stages.stage2.lr=1"])[0] == base[0]
 
 
-@pytest.mark.parametrize("keys", [
-    {}, {"pool_stride": 2}, {"pool_stride": 2, "pooling": "average", "pool_after_projector": False},
-    {"max_grid": "6x6", "lift": 6}, {"arrange": "flat"}, {"budget": "mosaic", "max_grid": "3x3"},
-    {"max_visual_tokens": "20"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"pool_stride": 2},
+        {"pool_stride": 2, "pooling": "average", "pool_after_projector": False},
+        {"max_grid": "6x6", "lift": 6},
+        {"arrange": "flat"},
+        {"budget": "mosaic", "max_grid": "3x3"},
+        {"max_visual_tokens": "20"},
+    ],
+)
 def test_a_shared_stage_sees_what_the_row_would_have_shown_it(keys):
     recipe = read_recipe(ROOT / "recipes/nano_sweep.yaml")
     own = replace(recipe.visual, **keys)
@@ -260,8 +277,15 @@ def test_a_sweep_measures_each_row_and_goes_on_where_it_was(swept):
 def test_a_row_by_shared_stages_equals_the_recipe_trained_in_one_go(swept, tmp_path):
     folder, _ = swept
     run = ablate.ROOT / "runs/ablate" / lines_of(folder)["fewer tokens"]["run"]
-    command("-m", "nanollava", "train", folder / "tiny.yaml", f"run={tmp_path}/run",
-            "visual.max_visual_tokens=2T", "visual.max_grid=1x1")  # fmt: skip
+    command(
+        "-m",
+        "nanollava",
+        "train",
+        folder / "tiny.yaml",
+        f"run={tmp_path}/run",
+        "visual.max_visual_tokens=2T",
+        "visual.max_grid=1x1",
+    )
     ours, whole = (load_file(f / "model.safetensors") for f in (run, tmp_path / "run"))
     assert all(torch.equal(x, whole[name]) for name, x in ours.items())
 
@@ -271,8 +295,12 @@ def test_a_row_by_shared_stages_equals_the_recipe_trained_in_one_go(swept, tmp_p
 
 def line(row, seed, score, rows=None, **keys):
     rows = np.array([score] * 4) if rows is None else rows
-    task = {"metric": "nano_f1_yes" if rows.ndim > 1 else "nano_anls", "score": score,
-            "n": len(rows), "each": digits(rows)}  # fmt: skip
+    task = {
+        "metric": "nano_f1_yes" if rows.ndim > 1 else "nano_anls",
+        "score": score,
+        "n": len(rows),
+        "each": digits(rows),
+    }
     return {"row": row, "seed": seed, "tasks": {"t": task}, **keys}
 
 
@@ -325,20 +353,30 @@ def minus(values):
     return tuple(-x for x in values)
 
 
-@pytest.mark.parametrize("holds, values, word", [
-    ("above", LARGE, "same direction"), ("above", minus(LARGE), "opposite"),
-    ("above", (0.20, -0.22, 0.31, -0.19, 0.20), "not resolved"),
-    ("above", SMALL, "not resolved"),  # sure, but too small to matter
-    ("beyond", LARGE, "same direction"), ("beyond", minus(LARGE), "same direction"),
-    ("beyond", SMALL, "opposite"), ("beyond", (0.02, -0.05, 0.01, 0.04, 0.00), "not resolved"),
-    ("within", SMALL, "same direction"), ("within", minus(SMALL), "same direction"),
-    ("within", LARGE, "opposite"), ("within", minus(LARGE), "opposite"),
-    ("within", (0.02, -0.05, 0.01, 0.04, 0.00), "not resolved"),
-    ("within", (-0.03, 0.01, 0.0, 0.01, -0.01), "not resolved"),  # too low on one side alone
-    ("within", (0.03, -0.01, 0.0, -0.01, 0.01), "not resolved"),
-    ("at_most", SMALL, "same direction"), ("at_most", minus(LARGE), "same direction"),
-    ("at_most", LARGE, "opposite"), ("at_most", (0.03, -0.01, 0.0, -0.01, 0.01), "not resolved"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "holds, values, word",
+    [
+        ("above", LARGE, "same direction"),
+        ("above", minus(LARGE), "opposite"),
+        ("above", (0.20, -0.22, 0.31, -0.19, 0.20), "not resolved"),
+        ("above", SMALL, "not resolved"),  # sure, but too small to matter
+        ("beyond", LARGE, "same direction"),
+        ("beyond", minus(LARGE), "same direction"),
+        ("beyond", SMALL, "opposite"),
+        ("beyond", (0.02, -0.05, 0.01, 0.04, 0.00), "not resolved"),
+        ("within", SMALL, "same direction"),
+        ("within", minus(SMALL), "same direction"),
+        ("within", LARGE, "opposite"),
+        ("within", minus(LARGE), "opposite"),
+        ("within", (0.02, -0.05, 0.01, 0.04, 0.00), "not resolved"),
+        ("within", (-0.03, 0.01, 0.0, 0.01, -0.01), "not resolved"),  # too low on one side alone
+        ("within", (0.03, -0.01, 0.0, -0.01, 0.01), "not resolved"),
+        ("at_most", SMALL, "same direction"),
+        ("at_most", minus(LARGE), "same direction"),
+        ("at_most", LARGE, "opposite"),
+        ("at_most", (0.03, -0.01, 0.0, -0.01, 0.01), "not resolved"),
+    ],
+)
 def test_words(holds, values, word):
     found = verdicts.measure(replace(CLAIM, holds=holds), seeds(*values))
     assert verdicts.judge([found])[0].word == word
@@ -348,8 +386,11 @@ def test_more_claims_ask_for_more_evidence():
     weak = verdicts.measure(CLAIM, seeds(0.10, 0.14, 0.05, 0.20, 0.06))
     assert 0.005 < weak.p < 0.05 and verdicts.judge([weak])[0].word == "same direction"
     assert {v.word for v in verdicts.judge([weak] * 20)} == {"not resolved"}
-    for holds, word in (("within", "same direction"), ("at_most", "same direction"),
-                        ("beyond", "not resolved")):  # fmt: skip
+    for holds, word in (
+        ("within", "same direction"),
+        ("at_most", "same direction"),
+        ("beyond", "not resolved"),
+    ):
         more = [replace(weak, claim=replace(CLAIM, holds=holds))] * 20
         assert verdicts.judge([weak] + more)[0].word == word, "an interval is no test"
 
@@ -380,8 +421,12 @@ def test_a_bootstrap_is_of_the_mean_over_metrics_and_seeds():
         }
         return line(row, seed, t) | {"tasks": tasks}
 
-    lines = [two("a", 0, 1.0, 1.0), two("b", 0, 0.0, 20 / 63), two("a", 1, 1.0, 1.0),
-             two("b", 1, 40 / 63, 60 / 63)]  # fmt: skip
+    lines = [
+        two("a", 0, 1.0, 1.0),
+        two("b", 0, 0.0, 20 / 63),
+        two("a", 1, 1.0, 1.0),
+        two("b", 1, 40 / 63, 60 / 63),
+    ]
     found = verdicts.measure(replace(CLAIM, metric=("t", "u")), lines)
     mean = (1 + 43 / 63 + 23 / 63 + 3 / 63) / 4  # all questions alike: no spread but over them
     assert found.questions == pytest.approx((mean, mean)) and found.mean == pytest.approx(mean)

@@ -272,9 +272,10 @@ def test_fit_rounds_the_short_side_up_as_the_released_code_does():
         w, h = a * 384, b * 384
         scale_w, scale_h = w / W, h / H
         expected = (
-            (w, min(ceil(round(H * scale_w, 6)), h)) if scale_w < scale_h
+            (w, min(ceil(round(H * scale_w, 6)), h))
+            if scale_w < scale_h
             else (min(ceil(round(W * scale_h, 6)), w), h)
-        )  # fmt: skip
+        )
         assert fit((W, H), (w, h)) == expected, (W, H)
 
 
@@ -366,5 +367,10 @@ def test_isqrt_bound_is_exact_at_squares():
 
 def test_a_budget_counts_as_it_is_written():
     assert [parse_budget(x, 36, 9) for x in ("5T", "(4+1)T", "(4+1)t", "77", "0T", "(0+1)T")] == [
-        180, 180, 45, 77, 0, 36
-    ]  # fmt: skip
+        180,
+        180,
+        45,
+        77,
+        0,
+        36,
+    ]

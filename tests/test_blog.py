@@ -10,9 +10,10 @@ from nanollava.ablations.rows import read_rows
 from nanollava.recipe import read_recipe
 
 RECIPES = ROOT / "recipes"
-FILES = [*sorted(RECIPES.glob("blog/*.yaml")), *(
-    RECIPES / f"{name}.yaml" for name in ("qwen05b", "qwen05b_release", "clip_l_336_vicuna7b")
-)]  # fmt: skip
+FILES = [
+    *sorted(RECIPES.glob("blog/*.yaml")),
+    *(RECIPES / f"{name}.yaml" for name in ("qwen05b", "qwen05b_release", "clip_l_336_vicuna7b")),
+]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
@@ -51,8 +52,11 @@ def test_rows_set_what_the_blogs_tables_say():
         for name, row in read_rows(file, "full").items():
             content = ledger.TABLES.get(row.table, {"factors": []})
             recipe = read_recipe(row.base, row.keys)
-            printed = dict(zip(content["factors"], content["rows"][row.blog], strict=False)
-                           ) if content["factors"] else {}  # fmt: skip
+            printed = (
+                dict(zip(content["factors"], content["rows"][row.blog], strict=False))
+                if content["factors"]
+                else {}
+            )
             visual = recipe.visual
             if "max_grids" in printed:
                 grid = printed["max_grids"].replace("2x2", "5grids")

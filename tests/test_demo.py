@@ -275,8 +275,13 @@ def test_the_client_gets_the_answer_in_pieces(address):
 def test_files_of_the_server_are_not_served(address):
     import httpx
 
-    for name in ("README.md", "requirements.txt", "/etc/passwd", str(ROOT / "README.md"),
-                 "demo/nano/model.safetensors"):  # fmt: skip
+    for name in (
+        "README.md",
+        "requirements.txt",
+        "/etc/passwd",
+        str(ROOT / "README.md"),
+        "demo/nano/model.safetensors",
+    ):
         assert httpx.get(f"{address}gradio_api/file={name}").status_code in (403, 404), name
 
 

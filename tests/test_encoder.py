@@ -74,8 +74,16 @@ def plain_eva(state: dict, views: torch.Tensor, row: EncoderSpec, post_norm: boo
 
     mean, std = (torch.tensor(x)[:, None, None] for x in (row.mean, row.std))
     pixels = (views.double() / 255 - mean) / std
-    x = F.conv2d(pixels, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"],
-                 stride=row.patch).flatten(2).transpose(1, 2)  # fmt: skip
+    x = (
+        F.conv2d(
+            pixels,
+            state["patch_embed.proj.weight"],
+            state["patch_embed.proj.bias"],
+            stride=row.patch,
+        )
+        .flatten(2)
+        .transpose(1, 2)
+    )
     x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], 1) + state["pos_embed"]
     for i in range(row.blocks):
         b = f"blocks.{i}"
@@ -129,8 +137,13 @@ def test_eva02_e_equals_plain_matrices(tmp_path):
     globals().setdefault("__all__", []).append(name)
     timm.models.register_model(tiny_eva02_e)
     text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1}
-    vision = {"image_size": 56, "timm_model_name": name, "timm_model_pretrained": False,
-              "timm_pool": "token", "timm_proj": None}  # fmt: skip
+    vision = {
+        "image_size": 56,
+        "timm_model_name": name,
+        "timm_model_pretrained": False,
+        "timm_pool": "token",
+        "timm_proj": None,
+    }
     config = {"embed_dim": 16, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
     (tmp_path / f"{name}.json").write_text(json.dumps(config))
     add_model_config(tmp_path / f"{name}.json")

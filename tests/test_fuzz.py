@@ -37,8 +37,13 @@ def mutated(draw: st.DrawFn, name: str) -> bytes:
 def check(name: str, tries: int) -> None:
     """So many mutated files."""
 
-    @settings(max_examples=tries, deadline=None, database=None, derandomize=True,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @settings(
+        max_examples=tries,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(data=mutated(name))
     def one(data):
         through(name, data)
@@ -80,8 +85,10 @@ def grown(run) -> int:
 
 def zeros(name: str, size: int) -> bytes:
     """A zip whose member is so many zeros."""
-    with zipfile.ZipFile(out := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as box, \
-            box.open(name, "w", force_zip64=True) as member:  # fmt: skip
+    with (
+        zipfile.ZipFile(out := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as box,
+        box.open(name, "w", force_zip64=True) as member,
+    ):
         for _ in range(size // 2**24):
             member.write(bytes(2**24))
     return out.getvalue()

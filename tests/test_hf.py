@@ -54,26 +54,40 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
     first = core.token_to_id("<s>")
     core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", first)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>",
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
 
 
 def vicuna(folder: Path) -> VLM:
     """A small CLIP before a small Llama, whose vocabulary has no room for <image>."""
     words = llama_tokenizer()
     LlamaConfig(
-        vocab_size=len(words), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=4096, initializer_range=0.05,
-    ).save_pretrained(folder)  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=4096,
+        initializer_range=0.05,
+    ).save_pretrained(folder)
     words.save_pretrained(folder)
     ENCODERS["tiny_clip"] = peer.clip(folder)[0]
     visual = replace(peer.MOSAIC, max_grid="2x2+1x2+1x3+2x1+3x1")
     torch.manual_seed(0)
-    return VLM(Recipe(
-        encoder="tiny_clip", encoder_weights="random", llm=str(folder), llm_weights="random",
-        visual=visual, template="vicuna_v1", precision="fp32",
-    ))  # fmt: skip
+    return VLM(
+        Recipe(
+            encoder="tiny_clip",
+            encoder_weights="random",
+            llm=str(folder),
+            llm_weights="random",
+            visual=visual,
+            template="vicuna_v1",
+            precision="fp32",
+        )
+    )
 
 
 MAKE = {
@@ -214,20 +228,30 @@ def test_a_folder_that_transformers_made_gives_equal_logits(kind, tied, tmp_path
         vision = {"model_type": "siglip_vision_model", "vision_use_head": "head" in kind}
     more = 0 if "-1" in kind else 1
     vision |= {
-        "hidden_size": row.width, "num_hidden_layers": row.blocks + more, "num_attention_heads": 4,
-        "image_size": row.tile, "patch_size": row.patch,
+        "hidden_size": row.width,
+        "num_hidden_layers": row.blocks + more,
+        "num_attention_heads": 4,
+        "image_size": row.tile,
+        "patch_size": row.patch,
         "intermediate_size": int(row.width * (4 if "clip" in kind else 3.7362)),
-    }  # fmt: skip
+    }
     words = peer.tokenizer()
     torch.manual_seed(0)
-    theirs = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(
-        vision_config=vision, text_config=peer.qwen2(replace(peer.TINY, tied=tied)).to_dict(),
-        vision_feature_layer=-1 - more, vision_aspect_ratio="anyres_max_4",
-        vision_feature_select_strategy="default" if "clip" in kind else "full",
-        image_grid_pinpoints=[[b * row.tile, a * row.tile] for b in (1, 2, 3) for a in (1, 2, 3)],
-        image_token_index=words.convert_tokens_to_ids("<image>"), video_token_index=263,
-        tie_word_embeddings=tied,
-    )).eval()  # fmt: skip
+    theirs = LlavaOnevisionForConditionalGeneration(
+        LlavaOnevisionConfig(
+            vision_config=vision,
+            text_config=peer.qwen2(replace(peer.TINY, tied=tied)).to_dict(),
+            vision_feature_layer=-1 - more,
+            vision_aspect_ratio="anyres_max_4",
+            vision_feature_select_strategy="default" if "clip" in kind else "full",
+            image_grid_pinpoints=[
+                [b * row.tile, a * row.tile] for b in (1, 2, 3) for a in (1, 2, 3)
+            ],
+            image_token_index=words.convert_tokens_to_ids("<image>"),
+            video_token_index=263,
+            tie_word_embeddings=tied,
+        )
+    ).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -297,22 +321,25 @@ def test_shards_are_read(case, tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("key,value,needed", [
-    ("visual.budget", "per_view", "'mosaic'"),
-    ("visual.arrange", "flat", "'raster'"),
-    ("visual.pooling", "average", "'bilinear'"),
-    ("visual.pool_stride", 2, "1"),
-    ("visual.lift", 2, "0"),
-    ("visual.pool_after_projector", False, "True"),
-    ("visual.max_grid", "base", "'tiles"),
-    ("visual.max_visual_tokens", "1T", "'2T"),
-    ("visual.max_visual_tokens", "130", "'2T"),
-    ("projector_norm", True, "False"),
-    ("template", "plain", "'qwen_1_5"),
-    ("encoder", "nano_s", r"\['clip_l_224'"),
-    ("encoder", "eva02_e_224", r"\['clip_l_224'"),
-    ("encoder", "eva_8b_448", r"\['clip_l_224'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key,value,needed",
+    [
+        ("visual.budget", "per_view", "'mosaic'"),
+        ("visual.arrange", "flat", "'raster'"),
+        ("visual.pooling", "average", "'bilinear'"),
+        ("visual.pool_stride", 2, "1"),
+        ("visual.lift", 2, "0"),
+        ("visual.pool_after_projector", False, "True"),
+        ("visual.max_grid", "base", "'tiles"),
+        ("visual.max_visual_tokens", "1T", "'2T"),
+        ("visual.max_visual_tokens", "130", "'2T"),
+        ("projector_norm", True, "False"),
+        ("template", "plain", "'qwen_1_5"),
+        ("encoder", "nano_s", r"\['clip_l_224'"),
+        ("encoder", "eva02_e_224", r"\['clip_l_224'"),
+        ("encoder", "eva_8b_448", r"\['clip_l_224'"),
+    ],
+)
 def test_what_llava_onevision_cannot_be_is_named(key, value, needed, written, tmp_path):
     model, recipe = written.model, written.model.recipe
     part = key.removeprefix("visual.")
@@ -339,25 +366,28 @@ def edit(folder: Path, key: str, value) -> None:
     file.write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("key,value,needed", [
-    ("model_type", "llava_next", "'llava_onevision'"),
-    ("model_type", "qwen2", "'llava_onevision'"),
-    ("vision_config.hidden_act", "gelu", "'gelu_pytorch_tanh'"),
-    ("vision_config.image_size", 74, "75"),
-    ("vision_config.patch_size", 16, "14"),
-    ("vision_config.hidden_size", 1024, "48"),
-    ("vision_feature_layer", -2, "-1"),
-    ("vision_feature_layer", [-1, -2], "-1"),
-    ("vision_config.num_hidden_layers", 3, "-2"),
-    ("vision_config.num_hidden_layers", 1, "0"),
-    ("vision_feature_select_strategy", "default", "'full'"),
-    ("vision_config.num_attention_heads", 8, "4"),
-    ("vision_config.intermediate_size", 180, "179"),
-    ("vision_config.layer_norm_eps", 1e-5, "1e-06"),
-    ("image_grid_pinpoints", [[80, 150]], "'multiples of 75'"),
-    ("image_grid_pinpoints", [], "'multiples of 75'"),
-    ("vision_aspect_ratio", "pad", "'anyres_max_"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key,value,needed",
+    [
+        ("model_type", "llava_next", "'llava_onevision'"),
+        ("model_type", "qwen2", "'llava_onevision'"),
+        ("vision_config.hidden_act", "gelu", "'gelu_pytorch_tanh'"),
+        ("vision_config.image_size", 74, "75"),
+        ("vision_config.patch_size", 16, "14"),
+        ("vision_config.hidden_size", 1024, "48"),
+        ("vision_feature_layer", -2, "-1"),
+        ("vision_feature_layer", [-1, -2], "-1"),
+        ("vision_config.num_hidden_layers", 3, "-2"),
+        ("vision_config.num_hidden_layers", 1, "0"),
+        ("vision_feature_select_strategy", "default", "'full'"),
+        ("vision_config.num_attention_heads", 8, "4"),
+        ("vision_config.intermediate_size", 180, "179"),
+        ("vision_config.layer_norm_eps", 1e-5, "1e-06"),
+        ("image_grid_pinpoints", [[80, 150]], "'multiples of 75'"),
+        ("image_grid_pinpoints", [], "'multiples of 75'"),
+        ("vision_aspect_ratio", "pad", "'anyres_max_"),
+    ],
+)
 def test_what_no_recipe_can_say_is_named(key, value, needed, copied):
     edit(copied.folder, key, value)
     name, given = key.split(".")[-1], value
@@ -368,9 +398,14 @@ def test_what_no_recipe_can_say_is_named(key, value, needed, copied):
         load(copied.folder)
 
 
-@pytest.mark.parametrize("key,value", [
-    ("image_mean", [0.48, 0.46, 0.41]), ("image_std", [0.27, 0.26, 0.28]), ("resample", 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key,value",
+    [
+        ("image_mean", [0.48, 0.46, 0.41]),
+        ("image_std", [0.27, 0.26, 0.28]),
+        ("resample", 2),
+    ],
+)
 def test_other_pixels_are_named(key, value, copied):
     file = copied.folder / "preprocessor_config.json"  # in transformers 5 a part of another
     file = file if file.is_file() else copied.folder / "processor_config.json"
@@ -395,11 +430,17 @@ def test_a_tokenizer_without_a_known_chat_format_is_named(copied):
         load(copied.folder)
 
 
-@pytest.mark.parametrize("damage,told", [
-    (lambda s, n: s.pop(n), "missing .*'encoder.visual.trunk.blocks.1.mlp.fc1.bias'"),
-    (lambda s, n: s.update({n: s[n][1:]}), r"blocks.1.mlp.fc1.bias is \(178,\).* needs \(179,\)"),
-    (lambda s, n: s.update(odd=s[n].clone()), "not of this model .*'odd'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage,told",
+    [
+        (lambda s, n: s.pop(n), "missing .*'encoder.visual.trunk.blocks.1.mlp.fc1.bias'"),
+        (
+            lambda s, n: s.update({n: s[n][1:]}),
+            r"blocks.1.mlp.fc1.bias is \(178,\).* needs \(179,\)",
+        ),
+        (lambda s, n: s.update(odd=s[n].clone()), "not of this model .*'odd'"),
+    ],
+)
 def test_missing_and_misshapen_tensors_are_named(damage, told, copied):
     file = copied.folder / "model.safetensors"
     state = load_file(file)
@@ -503,9 +544,13 @@ def test_published_configs_are_known():
     config = LlavaOnevisionConfig()  # its defaults are those of llava-onevision-qwen2
     assert hf.find_encoder(config, "") == "so400m_384"
     tower = CLIPVisionConfig(
-        image_size=336, patch_size=14, hidden_size=1024, num_hidden_layers=24,
-        intermediate_size=4096, num_attention_heads=16,
-    )  # fmt: skip
+        image_size=336,
+        patch_size=14,
+        hidden_size=1024,
+        num_hidden_layers=24,
+        intermediate_size=4096,
+        num_attention_heads=16,
+    )
     config = LlavaOnevisionConfig(
         vision_config=tower, vision_feature_layer=-2, vision_feature_select_strategy="default"
     )

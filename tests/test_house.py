@@ -12,17 +12,28 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "nanollava").glob("*.py"))
 TOOLS = sorted((ROOT / "recipes/tools").glob("*.py"))  # counted apart, under the same rules
 ONE_PLACE = {  # a heavy library and the only modules that import it
-    "composer": {"train"}, "open_clip": {"encoder"}, "transformers": {"llm", "hf", "export"},
-    "streaming": {"data"}, "gradio": set(), "matplotlib": set(), "flash_attn": {"llm"},
-}  # fmt: skip
+    "composer": {"train"},
+    "open_clip": {"encoder"},
+    "transformers": {"llm", "hf", "export"},
+    "streaming": {"data"},
+    "gradio": set(),
+    "matplotlib": set(),
+    "flash_attn": {"llm"},
+}
 
 
 def code_lines(source: str) -> int:
     """Lines of code: no blanks, comments or docstrings."""
     tree, lines = ast.parse(source), set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT,
-                              tokenize.DEDENT, tokenize.ENDMARKER):  # fmt: skip
+        if token.type not in (
+            tokenize.COMMENT,
+            tokenize.NL,
+            tokenize.NEWLINE,
+            tokenize.INDENT,
+            tokenize.DEDENT,
+            tokenize.ENDMARKER,
+        ):
             lines |= set(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(tree):
         kinds = (ast.Module, ast.FunctionDef, ast.ClassDef)
@@ -44,8 +55,9 @@ def imports(file: Path) -> set[str]:
 
 def test_size():
     nano = (ROOT / "recipes/nano").glob("*.py")
-    package, tools, nano = ([code_lines(file.read_text()) for file in files]
-                            for files in (PACKAGE, TOOLS, nano))  # fmt: skip
+    package, tools, nano = (
+        [code_lines(file.read_text()) for file in files] for files in (PACKAGE, TOOLS, nano)
+    )
     assert max(package + tools) <= 210
     assert sum(package) <= 2200, sum(package)
     print(f"nanollava {sum(package)}, recipes/tools {sum(tools)}, recipes/nano {sum(nano)}")

@@ -86,8 +86,10 @@ def test_any_image_gives_a_finite_loss_and_finite_gradients(tiny_model, name):
     image = open_image(MADE[name]())
     assert image.mode == "RGB"
     tiny_model.zero_grad()
-    for visual in (Visual("3x3", max_visual_tokens="4T"),
-                   Visual("3x3", max_visual_tokens="4T", budget="mosaic")):  # fmt: skip
+    for visual in (
+        Visual("3x3", max_visual_tokens="4T"),
+        Visual("3x3", max_visual_tokens="4T", budget="mosaic"),
+    ):
         document = tiny_model.writer(visual)(TURNS, [image], name=name)
         losses = tiny_model(pack([document], 48))
         assert len(losses) == document.learned and losses.isfinite().all()
@@ -206,8 +208,14 @@ def test_one_step_at_the_real_widths(monkeypatch, tmp_path, tiny_recipe, tokeniz
     tower.prune_intermediate_layers([0], prune_norm=True, prune_head=True)
     monkeypatch.setitem(nanollava.model.ENCODERS, "wide", row)
     monkeypatch.setattr(nanollava.model, "build", lambda row, weights: Encoder(row, tower))
-    llm = llm_folder(tmp_path, tokenizer, hidden_size=1024, intermediate_size=1024,
-                     num_attention_heads=16, num_key_value_heads=16)  # fmt: skip
+    llm = llm_folder(
+        tmp_path,
+        tokenizer,
+        hidden_size=1024,
+        intermediate_size=1024,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+    )
     visual = Visual("1x1", max_visual_tokens="128")
     torch.manual_seed(0)
     model = VLM(replace(tiny_recipe, encoder="wide", llm=llm, visual=visual))

@@ -46,9 +46,19 @@ def endpoint(monkeypatch, tmp_path):
             if told == "stall":
                 time.sleep(1.5)
             code = {"fail": 500, "stall": 500, "filter": 400}.get(told, 200)
-            reply = {"id": "1", "object": "chat.completion", "created": 1, "model": "fake-2024",
-                     "choices": [{"index": 0, "finish_reason": "stop",
-                                  "message": {"role": "assistant", "content": told}}]}  # fmt: skip
+            reply = {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 1,
+                "model": "fake-2024",
+                "choices": [
+                    {
+                        "index": 0,
+                        "finish_reason": "stop",
+                        "message": {"role": "assistant", "content": told},
+                    }
+                ],
+            }
             self.send_response(code)
             self.send_header("Content-Type", "application/json")
             self.end_headers()
@@ -61,10 +71,13 @@ def endpoint(monkeypatch, tmp_path):
     server.asked, server.says = [], [GOOD]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for key, value in {
-        "OPENAI_API_URL": f"http://127.0.0.1:{server.server_port}/v1", "OPENAI_API_KEY": "x",
-        "MODEL_VERSION": "fake", "JUDGE_SECONDS": "0.5", "HF_HOME": str(tmp_path / "hub"),
+        "OPENAI_API_URL": f"http://127.0.0.1:{server.server_port}/v1",
+        "OPENAI_API_KEY": "x",
+        "MODEL_VERSION": "fake",
+        "JUDGE_SECONDS": "0.5",
+        "HF_HOME": str(tmp_path / "hub"),
         "NANOLLAVA_JUDGED": str(tmp_path / "judged.jsonl"),
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setenv(key, value)
     monkeypatch.chdir(tmp_path)
     judge.server.cache_clear()
@@ -94,11 +107,19 @@ def test_a_judgement_is_asked_for_once(endpoint, tmp_path, monkeypatch):
     assert len(endpoint.asked) == 5 and endpoint.asked[-1]["model"] == "another"
 
 
-@pytest.mark.parametrize("says, state", [
-    (GOOD, "judged"), ("", "refused"), ("I like it.", "unreadable"),
-    ("Final Score: 200", "unreadable"), ("fail", "failed"), ("stall", "failed"),
-    (None, "refused"), ("filter", "refused"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "says, state",
+    [
+        (GOOD, "judged"),
+        ("", "refused"),
+        ("I like it.", "unreadable"),
+        ("Final Score: 200", "unreadable"),
+        ("fail", "failed"),
+        ("stall", "failed"),
+        (None, "refused"),
+        ("filter", "refused"),
+    ],
+)
 def test_what_is_no_score_is_none(endpoint, says, state):
     endpoint.says = [says]
     found = ask("a")
@@ -124,13 +145,20 @@ def test_an_endpoint_that_is_down_is_not_asked_for_ever(endpoint, tmp_path):
     assert ask("0").points == 80, "what failed is asked again"
 
 
-@pytest.mark.parametrize("read, text, score", [
-    (judge.final_score, "Final Score: 85", 85), (judge.final_score, "**Final Score: 7.5**", 7.5),
-    (judge.final_score, "Final Score: **90**", 90), (judge.final_score, "Score: 85", None),
-    (judge.detail_score, "{'score': 4}", 4), (judge.detail_score, '{"score": "3"}', 3),
-    (judge.detail_score, "{'score': 4.8}", 4.8), (judge.detail_score, "{'score': 9}", None),
-    (judge.detail_score, "4", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "read, text, score",
+    [
+        (judge.final_score, "Final Score: 85", 85),
+        (judge.final_score, "**Final Score: 7.5**", 7.5),
+        (judge.final_score, "Final Score: **90**", 90),
+        (judge.final_score, "Score: 85", None),
+        (judge.detail_score, "{'score': 4}", 4),
+        (judge.detail_score, '{"score": "3"}', 3),
+        (judge.detail_score, "{'score': 4.8}", 4.8),
+        (judge.detail_score, "{'score': 9}", None),
+        (judge.detail_score, "4", None),
+    ],
+)
 def test_scores_are_read(read, text, score):
     assert read(text) == score
 
@@ -144,9 +172,13 @@ def run(task, answers, monkeypatch):
 
     monkeypatch.setattr(lmms, "answer_all", answer_all)
     return simple_evaluate(
-        model="nanollava", tasks=[task], task_manager=MANAGER, batch_size=1, bootstrap_iters=0,
+        model="nanollava",
+        tasks=[task],
+        task_manager=MANAGER,
+        batch_size=1,
+        bootstrap_iters=0,
         model_args=f"pretrained={ROOT}/demo/nano",
-    )["results"][task]  # fmt: skip
+    )["results"][task]
 
 
 def test_images_of_ones_own(endpoint, tmp_path, monkeypatch):
@@ -172,8 +204,14 @@ def local(monkeypatch, split, rows):
 
 
 def test_videos(endpoint, tmp_path, monkeypatch):
-    local(monkeypatch, "test", [{"video_name": f"v_{i}", "question": f"what, {i}?",
-                                 "answer": f"true {i}"} for i in range(2)])  # fmt: skip
+    local(
+        monkeypatch,
+        "test",
+        [
+            {"video_name": f"v_{i}", "question": f"what, {i}?", "answer": f"true {i}"}
+            for i in range(2)
+        ],
+    )
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda **_: str(tmp_path))
     monkeypatch.setattr("lmms_eval.api.task.snapshot_download", lambda **_: str(tmp_path))
     folder = tmp_path / "hub/videochatgpt/Test_Videos"
@@ -191,9 +229,18 @@ def test_videos(endpoint, tmp_path, monkeypatch):
 
 
 def test_llava_in_the_wild(endpoint, monkeypatch):
-    rows = [{"question_id": i, "question": f"q{i}", "image": Image.new("RGB", (20, 20)),
-             "caption": [f"seen {i}"], "gpt_answer": f"true {i}", "category": "conv",
-             "image_id": "1"} for i in range(3)]  # fmt: skip
+    rows = [
+        {
+            "question_id": i,
+            "question": f"q{i}",
+            "image": Image.new("RGB", (20, 20)),
+            "caption": [f"seen {i}"],
+            "gpt_answer": f"true {i}",
+            "category": "conv",
+            "image_id": "1",
+        }
+        for i in range(3)
+    ]
     local(monkeypatch, "train", rows)
     endpoint.says = ["8 6\nbecause", "10 6\nbecause", "no numbers"]
     found = run("llava_w_2024", ["a", "b", "c"], monkeypatch)
@@ -224,8 +271,15 @@ def mine(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lmms, "answer_all", counted)
     monkeypatch.chdir(tmp_path)
-    rows = [{"question": f"What, {i}?", "image": Image.new("RGB", (90, 60), (i, 0, 0)),
-             "answers": ["a"], "questionId": f"{i}"} for i in range(4)]  # fmt: skip
+    rows = [
+        {
+            "question": f"What, {i}?",
+            "image": Image.new("RGB", (90, 60), (i, 0, 0)),
+            "answers": ["a"],
+            "questionId": f"{i}",
+        }
+        for i in range(4)
+    ]
     local(monkeypatch, "validation", rows)
     return run, asked
 
@@ -260,11 +314,23 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(mine, capsys, mon
 
 def test_an_unreadable_image_is_wrong_and_named(mine, capsys, monkeypatch):
     run, _ = mine
-    rows = [{"question": f"What, {i}?", "image": {"bytes": data, "path": None}, "answers": ["a"],
-             "questionId": f"{i}"} for i, data in enumerate(PNGS)]  # fmt: skip
-    features = datasets.Features({"question": datasets.Value("string"), "image": datasets.Image(),
-                                  "answers": datasets.List(datasets.Value("string")),
-                                  "questionId": datasets.Value("string")})  # fmt: skip
+    rows = [
+        {
+            "question": f"What, {i}?",
+            "image": {"bytes": data, "path": None},
+            "answers": ["a"],
+            "questionId": f"{i}",
+        }
+        for i, data in enumerate(PNGS)
+    ]
+    features = datasets.Features(
+        {
+            "question": datasets.Value("string"),
+            "image": datasets.Image(),
+            "answers": datasets.List(datasets.Value("string")),
+            "questionId": datasets.Value("string"),
+        }
+    )
     found = datasets.DatasetDict(
         {"validation": datasets.Dataset.from_list(rows, features=features)}
     )
@@ -338,8 +404,19 @@ def test_two_processes_judge_their_shares(mine, endpoint, tmp_path):
     folder.mkdir(parents=True)
     for i in range(5):
         Image.new("RGB", (60, 40), (20 * i, 0, 0)).save(folder / f"{i}.png")
-    told = command("-m", "composer.cli.launcher", "-n", 2, "-m", "nanollava", "evaluate", run,
-                   "--tasks", "image_dc_en", cwd=tmp_path)  # fmt: skip
+    told = command(
+        "-m",
+        "composer.cli.launcher",
+        "-n",
+        2,
+        "-m",
+        "nanollava",
+        "evaluate",
+        run,
+        "--tasks",
+        "image_dc_en",
+        cwd=tmp_path,
+    )
     assert "5 judged by fake-2024" in told and len(endpoint.asked) == 5
     (row,) = read_lines(run / "benchmarks.jsonl")
     assert row["values"]["n"] == 5 and row["values"]["judge_score"] == 80

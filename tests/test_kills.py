@@ -54,8 +54,11 @@ def test_killed_at_random_it_ends_bit_for_bit_like_a_run_never_killed(tmp_path, 
         if found:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate(timeout=60)
-            stages = [s for s in ("stage1", "stage1_5", "stage2")
-                      if (run / s / "model.safetensors").exists()]  # fmt: skip
+            stages = [
+                s
+                for s in ("stage1", "stage1_5", "stage2")
+                if (run / s / "model.safetensors").exists()
+            ]
             steps = len(losses(run)) if (run / "losses.csv").exists() else 0
             told.append(f"{found}; {steps} steps, whole stages: {', '.join(stages)}")
             print(told[-1], flush=True)

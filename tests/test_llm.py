@@ -36,8 +36,9 @@ def test_the_blogs_llms_are_known_without_a_network(name):
         model = load_llm(name, "random")
     assert sum(p.numel() for p in model.parameters()) == SIZES[name]
     assert config_of(name, random=True).rope_theta == {
-        "Qwen/Qwen1.5-4B-Chat": 5e6, "lmsys/vicuna-7b-v1.5": 1e4
-    }.get(name, 1e6)  # fmt: skip
+        "Qwen/Qwen1.5-4B-Chat": 5e6,
+        "lmsys/vicuna-7b-v1.5": 1e4,
+    }.get(name, 1e6)
 
 
 @pytest.fixture
@@ -46,15 +47,24 @@ def vicuna(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     words = "A chat between a curious user and an artificial intelligence assistant. USER: what is"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([f"{words} it? ASSISTANT: a page 1 2 3 \n"] * 50), pad_id=-1,
-        model_prefix=str(tmp_path / "tokenizer"), vocab_size=330, model_type="bpe",
-        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter([f"{words} it? ASSISTANT: a page 1 2 3 \n"] * 50),
+        pad_id=-1,
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     os.remove(tmp_path / "tokenizer.vocab")
     config = LlamaConfig(
-        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        architectures=["LlamaForCausalLM"],
+    )
     config.save_pretrained(tmp_path)
     torch.save(LlamaForCausalLM(config).state_dict(), tmp_path / "pytorch_model.bin")
     kind = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
@@ -117,9 +127,13 @@ def test_without_a_network_it_is_said_what_to_copy_where(encoder, monkeypatch, t
 def test_rotary_tables_stay_float32_when_weights_are_cast(tmp_path, kind):
     """As on a GPU. Rounded tables are wrong only at long range: 8,000 positions are looked at."""
     config = kind(
-        vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=32768,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32768,
+    )
     config.save_pretrained(tmp_path)
     cast, whole = load_llm(str(tmp_path), "random"), load_llm(str(tmp_path), "random")
     to_bf16(cast)
@@ -142,8 +156,10 @@ def test_a_cache_of_transformers_does_not_reach_our_attention(tiny_model):
     model = tiny_model.llm.model
     keys = {
         "inputs_embeds": torch.randn(1, 5, model.config.hidden_size),
-        "position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "documents": [3, 2], "use_cache": False,
-    }  # fmt: skip
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1]]),
+        "documents": [3, 2],
+        "use_cache": False,
+    }
     with torch.no_grad():
         alone = model(**keys).last_hidden_state
         beside = model(**keys, cache=object(), watch=object()).last_hidden_state

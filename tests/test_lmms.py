@@ -47,64 +47,185 @@ SYNTHDOG = (
     "instead."
 )
 ROWS = {  # task: (split, row i, the question as the model is asked it, a right answer, its metric)
-    "docvqa_val": ("validation", lambda i: vqa(i, questionId=str(i)), "What is it, 1?" + SINGLE,
-                   "word1", "anls"),
-    "infovqa_val": ("validation", lambda i: vqa(i, questionId=str(i)), "What is it, 1?" + SINGLE,
-                    "word1", "anls"),
-    "chartqa": ("test", lambda i: {"question": f"How much, {i}?", "image": page(i),
-                                   "answer": f"{i}5", "type": "human_test"},
-                "How much, 1?\nAnswer the question with a single word.", "15", "relaxed_overall"),
-    "ai2d": ("test", lambda i: {"question": f"Which, {i}?", "image": page(i), "answer": "1",
-                                "options": ["cat", "dog", "cow"]},
-             "Which, 1?\nA. cat\nB. dog\nC. cow" + LETTER, "B.", "exact_match"),
-    "scienceqa_img": ("test", lambda i: {"question": f"Which, {i}?", "image": page(i),
-                                         "answer": 1, "choices": ["cat", "dog"],
-                                         "hint": "They bark."},
-                      "Context: They bark.\nWhich, 1?\nA. cat\nB. dog" + LETTER,
-                      "B", "exact_match"),
-    "pope": ("test", lambda i: {"question": f"Is there a dog, {i}?", "image": page(i),
-                                "answer": "yes", "id": str(i), "question_id": str(i),
-                                "category": "random", "image_source": "x"},
-             "Is there a dog, 1?" + SINGLE, "yes", "pope_f1_score"),
-    "vizwiz_vqa_val": ("val", lambda i: vqa(i, question_id=str(i), category="other"),
-                       "What is it, 1?" + UNSURE + SINGLE, "word1", "exact_match"),
-    "ok_vqa_val2014": ("val2014", lambda i: vqa(i, question_id=str(i)),
-                       "What is it, 1?" + UNSURE + SINGLE, "word1", "exact_match"),
-    "ocrbench": ("test", lambda i: {"question": f"what is written, {i}?", "image": page(i),
-                                    "answer": [f"word{i}"], "dataset": "IIIT5K",
-                                    "question_type": "Regular Text Recognition"},
-                 "what is written, 1?", "word1", "ocrbench_accuracy"),
-    "synthdog_en": ("validation", lambda i: {"image": page(i), "ground_truth": json.dumps(
-        {"gt_parse": {"text_sequence": f"a page {i}"}})}, SYNTHDOG, "a page 1",
-        "tree_edit_distance"),
-    "mme": ("test", lambda i: {"question_id": f"a/{i // 2}.png", "image": page(i),
-                               "question": f"Is it {i}? Please answer yes or no.",
-                               "category": "OCR", "answer": ("Yes", "No")[i % 2]},
-            "Is it 1?" + SINGLE, "No", "mme_perception_score"),
-    "mmmu_val_2024": ("validation", lambda i: {"id": f"validation_Art_{i}", "image_1": page(i),
-                      "question": f"Which is it, {i}? <image 1>", "options": "['cat', 'dog']",
-                      "question_type": "multiple-choice", "answer": "B", "subfield": "x"},
-                      "Which is it, 1? <image 1>\nA. cat\nB. dog\n"
-                      "Answer with the option letter from the given choices directly.",
-                      "B", "mmmu_acc"),
-    "mathvista_testmini_direct": ("testmini", lambda i: {
-        "pid": str(i), "question": f"How many, {i}?", "decoded_image": page(i), "answer": f"{i}",
-        "question_type": "free_form", "answer_type": "integer", "choices": [], "unit": "",
-        "precision": 0, "query": "", "metadata": {}},
-        "How many, 1?\nAnswer the question using a single integer number.", "1", "accuracy"),
-    "cmmmu_val": ("val", lambda i: {
-        "id": f"{i}", "type": "选择", "question": f"是什么，{i}？<img=\"a.png\">",
-        "answer": "AB"[i], "option1": "猫", "option2": "狗", "option3": "牛", "option4": "马",
-        "subcategory": "x", "category": "艺术与设计", "image_1": page(i),
-        **{f"image_{k}_filename": "a.png" if k == 1 else "none" for k in range(1, 6)}},
+    "docvqa_val": (
+        "validation",
+        lambda i: vqa(i, questionId=str(i)),
+        "What is it, 1?" + SINGLE,
+        "word1",
+        "anls",
+    ),
+    "infovqa_val": (
+        "validation",
+        lambda i: vqa(i, questionId=str(i)),
+        "What is it, 1?" + SINGLE,
+        "word1",
+        "anls",
+    ),
+    "chartqa": (
+        "test",
+        lambda i: {
+            "question": f"How much, {i}?",
+            "image": page(i),
+            "answer": f"{i}5",
+            "type": "human_test",
+        },
+        "How much, 1?\nAnswer the question with a single word.",
+        "15",
+        "relaxed_overall",
+    ),
+    "ai2d": (
+        "test",
+        lambda i: {
+            "question": f"Which, {i}?",
+            "image": page(i),
+            "answer": "1",
+            "options": ["cat", "dog", "cow"],
+        },
+        "Which, 1?\nA. cat\nB. dog\nC. cow" + LETTER,
+        "B.",
+        "exact_match",
+    ),
+    "scienceqa_img": (
+        "test",
+        lambda i: {
+            "question": f"Which, {i}?",
+            "image": page(i),
+            "answer": 1,
+            "choices": ["cat", "dog"],
+            "hint": "They bark.",
+        },
+        "Context: They bark.\nWhich, 1?\nA. cat\nB. dog" + LETTER,
+        "B",
+        "exact_match",
+    ),
+    "pope": (
+        "test",
+        lambda i: {
+            "question": f"Is there a dog, {i}?",
+            "image": page(i),
+            "answer": "yes",
+            "id": str(i),
+            "question_id": str(i),
+            "category": "random",
+            "image_source": "x",
+        },
+        "Is there a dog, 1?" + SINGLE,
+        "yes",
+        "pope_f1_score",
+    ),
+    "vizwiz_vqa_val": (
+        "val",
+        lambda i: vqa(i, question_id=str(i), category="other"),
+        "What is it, 1?" + UNSURE + SINGLE,
+        "word1",
+        "exact_match",
+    ),
+    "ok_vqa_val2014": (
+        "val2014",
+        lambda i: vqa(i, question_id=str(i)),
+        "What is it, 1?" + UNSURE + SINGLE,
+        "word1",
+        "exact_match",
+    ),
+    "ocrbench": (
+        "test",
+        lambda i: {
+            "question": f"what is written, {i}?",
+            "image": page(i),
+            "answer": [f"word{i}"],
+            "dataset": "IIIT5K",
+            "question_type": "Regular Text Recognition",
+        },
+        "what is written, 1?",
+        "word1",
+        "ocrbench_accuracy",
+    ),
+    "synthdog_en": (
+        "validation",
+        lambda i: {
+            "image": page(i),
+            "ground_truth": json.dumps({"gt_parse": {"text_sequence": f"a page {i}"}}),
+        },
+        SYNTHDOG,
+        "a page 1",
+        "tree_edit_distance",
+    ),
+    "mme": (
+        "test",
+        lambda i: {
+            "question_id": f"a/{i // 2}.png",
+            "image": page(i),
+            "question": f"Is it {i}? Please answer yes or no.",
+            "category": "OCR",
+            "answer": ("Yes", "No")[i % 2],
+        },
+        "Is it 1?" + SINGLE,
+        "No",
+        "mme_perception_score",
+    ),
+    "mmmu_val_2024": (
+        "validation",
+        lambda i: {
+            "id": f"validation_Art_{i}",
+            "image_1": page(i),
+            "question": f"Which is it, {i}? <image 1>",
+            "options": "['cat', 'dog']",
+            "question_type": "multiple-choice",
+            "answer": "B",
+            "subfield": "x",
+        },
+        "Which is it, 1? <image 1>\nA. cat\nB. dog\n"
+        "Answer with the option letter from the given choices directly.",
+        "B",
+        "mmmu_acc",
+    ),
+    "mathvista_testmini_direct": (
+        "testmini",
+        lambda i: {
+            "pid": str(i),
+            "question": f"How many, {i}?",
+            "decoded_image": page(i),
+            "answer": f"{i}",
+            "question_type": "free_form",
+            "answer_type": "integer",
+            "choices": [],
+            "unit": "",
+            "precision": 0,
+            "query": "",
+            "metadata": {},
+        },
+        "How many, 1?\nAnswer the question using a single integer number.",
+        "1",
+        "accuracy",
+    ),
+    "cmmmu_val": (
+        "val",
+        lambda i: {
+            "id": f"{i}",
+            "type": "选择",
+            "question": f'是什么，{i}？<img="a.png">',
+            "answer": "AB"[i],
+            "option1": "猫",
+            "option2": "狗",
+            "option3": "牛",
+            "option4": "马",
+            "subcategory": "x",
+            "category": "艺术与设计",
+            "image_1": page(i),
+            **{f"image_{k}_filename": "a.png" if k == 1 else "none" for k in range(1, 6)},
+        },
         "请回答以下多项选择题，并选出正确选项。这些题目可能包括单选和多选题型。"
         "如果所提供的信息不足以确定一个明确的答案，"
         "那么请根据可用的数据和你的判断来选择最可能正确的选项。\n\n问题：是什么，1？<图片 1>\n"
-        "选项：\n(A) 猫\n(B) 狗\n(C) 牛\n(D) 马\n\n正确答案：\n", "B", "cmmmu_acc"),
-}  # fmt: skip
+        "选项：\n(A) 猫\n(B) 狗\n(C) 牛\n(D) 马\n\n正确答案：\n",
+        "B",
+        "cmmmu_acc",
+    ),
+}
 WRONG = {  # where lmms-eval guesses at what it cannot read
-    "mmmu_val_2024": {0: "A", 1: "A"}, "cmmmu_val": {0: "B", 1: "A"},
-}  # fmt: skip
+    "mmmu_val_2024": {0: "A", 1: "A"},
+    "cmmmu_val": {0: "B", 1: "A"},
+}
 
 
 @pytest.fixture
@@ -122,9 +243,13 @@ def local(monkeypatch, tmp_path):
 
 def run(task, **more):
     return simple_evaluate(
-        model="nanollava", tasks=[task], task_manager=MANAGER, batch_size=1,
-        model_args=",".join([DEMO, *(f"{k}={v}" for k, v in more.items())]), bootstrap_iters=0,
-    )  # fmt: skip
+        model="nanollava",
+        tasks=[task],
+        task_manager=MANAGER,
+        batch_size=1,
+        model_args=",".join([DEMO, *(f"{k}={v}" for k, v in more.items())]),
+        bootstrap_iters=0,
+    )
 
 
 @pytest.mark.parametrize("task", ROWS)
@@ -169,10 +294,22 @@ def test_answers_are_those_of_the_model_at_the_keys_asked_for(local):
 def test_several_images_and_frames_are_told_apart_as_in_the_released_code(tmp_path):
     (tmp_path / "a.mp4").write_bytes(film(40))
     model = lmms.Nanollava(f"{ROOT}/demo/nano", max_frames=8)
-    parts = [{"type": "image", "url": page(0)}, {"type": "image", "url": page(1)},
-             {"type": "text", "text": "which?"}]  # fmt: skip
-    model.task_dict = {"t": {"test": [parts, [{"type": "video", "url": str(tmp_path / "a.mp4")},
-                                              {"type": "text", "text": "what?"}]]}}  # fmt: skip
+    parts = [
+        {"type": "image", "url": page(0)},
+        {"type": "image", "url": page(1)},
+        {"type": "text", "text": "which?"},
+    ]
+    model.task_dict = {
+        "t": {
+            "test": [
+                parts,
+                [
+                    {"type": "video", "url": str(tmp_path / "a.mp4")},
+                    {"type": "text", "text": "what?"},
+                ],
+            ]
+        }
+    }
 
     def ask(i):
         say = lambda doc: [{"role": "user", "content": doc}]  # noqa: E731
@@ -207,8 +344,25 @@ def test_our_metrics_are_lmms_evals():
     donut = theirs("synthdog/donut_evaluator").JSONParseEvaluator()
     chart = theirs("chartqa/utils")
     rng = random.Random(0)
-    words = ["tax", "305", "Tax", "3.05", "5%", "0.05", "0", "0.0", "-2", "ROOM", "7", "1,000",
-             ",", "%", ".", "yes", "_"]  # fmt: skip
+    words = [
+        "tax",
+        "305",
+        "Tax",
+        "3.05",
+        "5%",
+        "0.05",
+        "0",
+        "0.0",
+        "-2",
+        "ROOM",
+        "7",
+        "1,000",
+        ",",
+        "%",
+        ".",
+        "yes",
+        "_",
+    ]
     for _ in range(3000):
         said, true = (
             rng.choice(" x").join(rng.choices(words, k=rng.randint(1, 3))) for _ in range(2)
@@ -230,8 +384,13 @@ def test_two_processes_answer_what_one_does(tmp_path):
     for i, row in enumerate(rows):
         page(i).save(row["image"], "PNG")
         row["image"] = {"bytes": row["image"].getvalue(), "path": None}
-    features = datasets.Features({"question": datasets.Value("string"), "image": datasets.Image(),
-                                  "answer": datasets.Value("string")})  # fmt: skip
+    features = datasets.Features(
+        {
+            "question": datasets.Value("string"),
+            "image": datasets.Image(),
+            "answer": datasets.Value("string"),
+        }
+    )
     rows = [{key: row[key] for key in features} for row in rows]
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
     (tmp_path / "tasks").mkdir()
@@ -251,9 +410,20 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 
     def answers(n):
         launch = ("-m", "torch.distributed.run", "--nproc-per-node", n)
-        command(*launch, "-m", "lmms_eval", "--model", "nanollava", "--tasks", "local",
-                "--model_args", f"{DEMO},answers={tmp_path}/{n}",
-                "--include_path", tmp_path / "tasks", cwd=tmp_path)  # fmt: skip
+        command(
+            *launch,
+            "-m",
+            "lmms_eval",
+            "--model",
+            "nanollava",
+            "--tasks",
+            "local",
+            "--model_args",
+            f"{DEMO},answers={tmp_path}/{n}",
+            "--include_path",
+            tmp_path / "tasks",
+            cwd=tmp_path,
+        )
         files = sorted((tmp_path / str(n)).glob("answers*.jsonl"))
         return len(files), {r["key"]: r["text"] for file in files for r in read_lines(file)}
 

@@ -147,13 +147,22 @@ def test_bars_reach_from_low_to_high_and_chance_is_marked():
 def test_measure_asks_as_many_questions_as_it_says(monkeypatch):
     asked = []
     monkeypatch.setattr(lab, "QUICK", False)
-    monkeypatch.setattr(lab, "evaluate_task", lambda llava, name, task, visual: asked.append(
-        (name, task.samples, task.split, visual.max_grid)) or {"task": name})  # fmt: skip
-    llava = type("Fake", (), {"model": type("Fake", (), {"recipe": lab.read_recipe(
-        ROOT / "recipes/nano.yaml")})})  # fmt: skip
+    monkeypatch.setattr(
+        lab,
+        "evaluate_task",
+        lambda llava, name, task, visual: (
+            asked.append((name, task.samples, task.split, visual.max_grid)) or {"task": name}
+        ),
+    )
+    llava = type(
+        "Fake",
+        (),
+        {"model": type("Fake", (), {"recipe": lab.read_recipe(ROOT / "recipes/nano.yaml")})},
+    )
     rows = lab.measure(llava, ["nano-doc"], {"one": {"max_grid": "1x1"}}, n=7)
     assert asked == [("nano-doc", 7, "test", "1x1")] and rows == [
-        {"setting": "one", "task": "nano-doc"}]  # fmt: skip
+        {"setting": "one", "task": "nano-doc"}
+    ]
 
 
 def test_a_band_lies_between_low_and_high_and_a_run_upon_it(tmp_path):

@@ -271,9 +271,15 @@ def test_reused_keys_and_values_change_no_logit(speakers):
 
 
 OTHER = {  # every visual key away from what the tests' model has
-    "max_grid": "2x2", "lift": 5, "max_visual_tokens": "5T", "budget": "per_view",
-    "pooling": "average", "pool_stride": 2, "pool_after_projector": False, "arrange": "flat",
-}  # fmt: skip
+    "max_grid": "2x2",
+    "lift": 5,
+    "max_visual_tokens": "5T",
+    "budget": "per_view",
+    "pooling": "average",
+    "pool_stride": 2,
+    "pool_after_projector": False,
+    "arrange": "flat",
+}
 
 
 @pytest.mark.parametrize("key", [f.name for f in fields(Visual)])

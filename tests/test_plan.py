@@ -79,8 +79,12 @@ def test_activations_are_those_that_autograd_keeps(train, again):
     several = stage_documents(model, "stage2", 12)
     packed = pack(several, model.spec.tile)
     stage = Stage(train=train, checkpoint_activations=again, microbatch_tokens=1, batch_size=1)
-    total = {"positions": len(packed.ids), "views": len(packed.views), "learned": packed.learned,
-             "longest": len(packed.ids)}  # fmt: skip
+    total = {
+        "positions": len(packed.ids),
+        "views": len(packed.views),
+        "learned": packed.learned,
+        "longest": len(packed.ids),
+    }
     need = memory(recipe, stage, model, total, 1, "fp32")
     kept = kept_bytes(model, packed)
     told = need["activations"] + need["logits"]
@@ -136,10 +140,15 @@ def machines(text: str) -> int:
     return int(found[1]) if found and "on one GPU:" not in head else 1
 
 
-@pytest.mark.parametrize("name", [
-    "qwen05b", "qwen05b_release", "clip_l_336_vicuna7b",
-    *(f"blog/{f.stem}" for f in sorted((ROOT / "recipes/blog").glob("*.yaml"))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen05b",
+        "qwen05b_release",
+        "clip_l_336_vicuna7b",
+        *(f"blog/{f.stem}" for f in sorted((ROOT / "recipes/blog").glob("*.yaml"))),
+    ],
+)
 def test_every_stage_of_a_recipe_fits_where_its_header_starts_it(name):
     count = machines((ROOT / f"recipes/{name}.yaml").read_text())
     for stage, found in fits(name, devices=count).items():

@@ -79,9 +79,10 @@ def test_uneven_pooling_equals_torch_on_each_view(method, tau):
     assert plan.side == {"176": 5, "90": 3}[tau]
     maps = x.transpose(1, 2).reshape(-1, 5, 6, 6)
     expected = (
-        F.adaptive_avg_pool2d(maps, plan.side) if method == "average"
+        F.adaptive_avg_pool2d(maps, plan.side)
+        if method == "average"
         else F.interpolate(maps, (plan.side,) * 2, mode="bilinear", align_corners=False)
-    )  # fmt: skip
+    )
     tokens, s = pool(x, plan, method), plan.side
     assert torch.equal(tokens[: s * s], expected[0].flatten(1).T)
     raster = tokens[s * s :].unflatten(0, plan.raster)
@@ -171,12 +172,15 @@ def marked(plan, side=6):
     return x.flatten(1, 2)
 
 
-@pytest.mark.parametrize("size,grid,rows,columns", [
-    ((144, 60), (3, 2), (2, 10), (0, 18)),   # 7.5 rows of features, 8 kept: 2 off at each edge
-    ((60, 144), (2, 3), (0, 18), (2, 10)),
-    ((96, 96), (2, 2), (0, 12), (0, 12)),
-    ((144, 24), (3, 1), (1, 5), (0, 18)),    # 3 rows of features; floor keeps one more
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size,grid,rows,columns",
+    [
+        ((144, 60), (3, 2), (2, 10), (0, 18)),  # 7.5 rows of features, 8 kept: 2 off at each edge
+        ((60, 144), (2, 3), (0, 18), (2, 10)),
+        ((96, 96), (2, 2), (0, 12), (0, 12)),
+        ((144, 24), (3, 1), (1, 5), (0, 18)),  # 3 rows of features; floor keeps one more
+    ],
+)
 def test_mosaic_cuts_exactly_the_padding(size, grid, rows, columns):
     """By hand: the features whose place is in the kept rows and columns, in reading order."""
     name = f"{grid[0]}x{grid[1]}"
@@ -195,9 +199,10 @@ def test_mosaic_shrinks_the_raster_as_a_whole(method):
     assert plan.grid == (3, 3) and plan.raster == (12, 12) and plan.side == 6
     whole = x[1:].reshape(3, 3, 6, 6, 5).permute(4, 0, 2, 1, 3).reshape(1, 5, 18, 18)
     expected = (
-        F.adaptive_avg_pool2d(whole, (12, 12)) if method == "average"
+        F.adaptive_avg_pool2d(whole, (12, 12))
+        if method == "average"
         else F.interpolate(whole, (12, 12), mode="bilinear", align_corners=False)
-    )  # fmt: skip
+    )
     tokens = pool(x, plan, method)
     assert torch.equal(tokens[:36], x[0]), "the base view keeps its T tokens"
     assert torch.allclose(tokens[36:], expected[0].flatten(1).T, atol=1e-6)
@@ -233,14 +238,23 @@ def model_with(tiny_model, **keys):
 @pytest.mark.parametrize("after", [True, False])
 def test_see_is_the_parts_in_a_row(tiny_model, budget, arrange, pooling, after):
     """Two images of different grids: each part applied by hand, image by image."""
-    keys = {"max_grid": "3x3", "max_visual_tokens": "4T", "budget": budget, "pooling": pooling,
-            "arrange": arrange, "pool_after_projector": after}  # fmt: skip
+    keys = {
+        "max_grid": "3x3",
+        "max_visual_tokens": "4T",
+        "budget": budget,
+        "pooling": pooling,
+        "arrange": arrange,
+        "pool_after_projector": after,
+    }
     model = model_with(tiny_model, **keys)
     plans = tuple(layout(size, Visual(**keys), 48, 6) for size in ((100, 60), (48, 150)))
     views = torch.randint(
-        0, 256, (sum(p.views for p in plans), 3, 48, 48), dtype=torch.uint8,
+        0,
+        256,
+        (sum(p.views for p in plans), 3, 48, 48),
+        dtype=torch.uint8,
         generator=torch.manual_seed(1),
-    )  # fmt: skip
+    )
     expected, start = [], 0
     with torch.no_grad():
         for plan in plans:

@@ -39,8 +39,13 @@ def qwen():
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    return fast(core, specials, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                additional_special_tokens=specials[1:])  # fmt: skip
+    return fast(
+        core,
+        specials,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=specials[1:],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +60,15 @@ def llama():
         for i in range(1, len(word)):
             merges.append((word[:i], word[i]))
             vocab.setdefault(word[: i + 1], len(vocab))
-    core = Tokenizer(models.BPE(vocab=vocab, merges=list(dict.fromkeys(merges)), unk_token="<unk>",
-                                byte_fallback=True, fuse_unk=True))  # fmt: skip
+    core = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=list(dict.fromkeys(merges)),
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
     core.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
@@ -209,10 +221,16 @@ def test_released_mask_changes_chatml_only(llama):
 # ---- generation begins where training did
 
 
-@pytest.mark.parametrize("template,which", [
-    ("qwen_1_5", "qwen"), ("qwen_1_5", "tokenizer"), ("vicuna_v1", "llama"), ("plain", "qwen"),
-    ("plain", "tokenizer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "template,which",
+    [
+        ("qwen_1_5", "qwen"),
+        ("qwen_1_5", "tokenizer"),
+        ("vicuna_v1", "llama"),
+        ("plain", "qwen"),
+        ("plain", "tokenizer"),
+    ],
+)
 def test_a_prompt_is_a_prefix_of_the_training_row(template, which, request):
     """Token for token, with the answer's first token next: no half space left at the end."""
     tokenizer = request.getfixturevalue(which)
@@ -236,8 +254,11 @@ def test_typed_special_tokens_stay_text(which, typed, request):
     tokenizer = request.getfixturevalue(which)
     special = set(tokenizer.all_special_ids)
     plain = encode(tokenizer, talk("x", "y"), "qwen_1_5")[0]
-    for turns in (talk(f"a {typed} b", "y"), talk("x", f"a {typed} b"),
-                  talk(f"a {typed} b <image>", "y")):  # fmt: skip
+    for turns in (
+        talk(f"a {typed} b", "y"),
+        talk("x", f"a {typed} b"),
+        talk(f"a {typed} b <image>", "y"),
+    ):
         ids, labels = encode(tokenizer, turns, "qwen_1_5")
         assert sum(t in special for t in ids) == sum(t in special for t in plain) == 6
         said = "y<|im_end|>" if turns[1].text == "y" else f"a {typed} b<|im_end|>"
@@ -278,18 +299,22 @@ def record(*values):
     return [{"from": ("human", "gpt")[i % 2], "value": v} for i, v in enumerate(values)]
 
 
-@pytest.mark.parametrize("given,expected", [
-    ("What? <image>", "<image>\nWhat?"),
-    ("What <image> is it?", "<image>\nWhat  is it?"),
-    ("<image>\n What? ", "<image>\nWhat?"),
-    (" <image> ", "<image>"),
-    ("What?", "What?"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given,expected",
+    [
+        ("What? <image>", "<image>\nWhat?"),
+        ("What <image> is it?", "<image>\nWhat  is it?"),
+        ("<image>\n What? ", "<image>\nWhat?"),
+        (" <image> ", "<image>"),
+        ("What?", "What?"),
+    ],
+)
 def test_an_only_image_moves_to_the_front(given, expected):
     n = given.count("<image>")
     assert read_turns(record(given, " yes "), n) == [
-        Turn("user", expected, n), Turn("assistant", "yes"),
-    ]  # fmt: skip
+        Turn("user", expected, n),
+        Turn("assistant", "yes"),
+    ]
 
 
 def test_several_images_stay_where_they_are():
@@ -298,21 +323,24 @@ def test_several_images_stay_where_they_are():
     assert [t.images for t in turns] == [2, 0, 1, 0], "an answer's <image> is text"
 
 
-@pytest.mark.parametrize("conversations,images,message", [
-    ([], 0, r"conversations: \[\]; expected turns from human and gpt"),
-    (None, 0, "None; expected turns"),
-    (5, 0, "5; expected turns"),
-    (record("a", "b")[1:], 0, "turn 0 is from 'gpt'; expected 'human'"),
-    ([*record("a"), *record("b")], 0, "turn 1 is from 'human'; expected 'gpt'"),
-    ([{"from": "human"}], 0, "turn 0 is .*expected a from and a text value"),
-    ([{"from": "human", "value": None}], 0, "turn 0 is .*expected a from and a text value"),
-    ([{"value": "a"}], 0, "turn 0 is from None; expected 'human'"),
-    (["hello"], 0, "turn 0 is 'hello'"),
-    ("hello", 0, "conversations: 'hello'; expected turns"),
-    (record("<image> a", "b"), 0, "1 <image> in the conversation for 0 images"),
-    (record("a", "b"), 1, "0 <image> in the conversation for 1 images"),
-    (record("<image><image>", "b"), 1, "2 <image> in the conversation for 1 images"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "conversations,images,message",
+    [
+        ([], 0, r"conversations: \[\]; expected turns from human and gpt"),
+        (None, 0, "None; expected turns"),
+        (5, 0, "5; expected turns"),
+        (record("a", "b")[1:], 0, "turn 0 is from 'gpt'; expected 'human'"),
+        ([*record("a"), *record("b")], 0, "turn 1 is from 'human'; expected 'gpt'"),
+        ([{"from": "human"}], 0, "turn 0 is .*expected a from and a text value"),
+        ([{"from": "human", "value": None}], 0, "turn 0 is .*expected a from and a text value"),
+        ([{"value": "a"}], 0, "turn 0 is from None; expected 'human'"),
+        (["hello"], 0, "turn 0 is 'hello'"),
+        ("hello", 0, "conversations: 'hello'; expected turns"),
+        (record("<image> a", "b"), 0, "1 <image> in the conversation for 0 images"),
+        (record("a", "b"), 1, "0 <image> in the conversation for 1 images"),
+        (record("<image><image>", "b"), 1, "2 <image> in the conversation for 1 images"),
+    ],
+)
 def test_malformed_records_are_named(conversations, images, message):
     with pytest.raises(ValueError, match=message):
         read_turns(conversations, images)

@@ -21,9 +21,13 @@ BATCH, WORKERS, NODE = 256, 2, 8  # samples a step, loader workers a process, pr
 COUNTS = [1, 16, 256]
 
 
-@pytest.fixture(scope="module", params=[
-    65_536 + 100, pytest.param(779_289, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.fixture(
+    scope="module",
+    params=[
+        65_536 + 100,
+        pytest.param(779_289, marks=pytest.mark.slow),
+    ],
+)
 def samples(request, tmp_path_factory):
     """Shards of so many samples, opened as a stage does, and the length of each document."""
     folder = tmp_path_factory.mktemp("ranks")
@@ -31,8 +35,12 @@ def samples(request, tmp_path_factory):
         for i in range(request.param):
             writer.write({"id": i})
     dataset = Documents(
-        None, streams=[Stream(local=str(folder))], **ORDER, shuffle_seed=0, batch_size=1,
-    )  # fmt: skip
+        None,
+        streams=[Stream(local=str(folder))],
+        **ORDER,
+        shuffle_seed=0,
+        batch_size=1,
+    )
     return dataset, lengths(request.param)
 
 
@@ -80,8 +88,10 @@ def test_processes_have_as_much_to_do(samples, processes):
     work = lengths[ids].sum(2)  # (steps, processes)
     epoch = work.sum(0).max() / work.sum(0).mean() - 1
     step = (work.max(1) / work.mean(1)).mean() - 1
-    print(f"\n{processes} processes, {len(lengths):,} samples: tokens uneven by {epoch:.2%} over "
-          f"an epoch, {step:.0%} in a step")  # fmt: skip
+    print(
+        f"\n{processes} processes, {len(lengths):,} samples: tokens uneven by {epoch:.2%} over "
+        f"an epoch, {step:.0%} in a step"
+    )
     assert epoch < 0.03 * np.sqrt(779_289 / len(lengths))  # a mean over more samples is evener
 
 

@@ -86,19 +86,23 @@ def cycle(period, words):
     return " ".join(str(i % period) for i in range(words))
 
 
-@pytest.mark.parametrize("answer, reason", [
-    (Answer("a red circle", 9, False), ""),
-    (Answer(" \n", 9, False), "empty"),
-    (Answer("a red circle", 9, True), "cut off"),
-    (Answer("a cat sits. " * 20, 9, False), "repeats itself"),
-    (Answer("no no no no", 9, False), ""),  # short texts may
-    (Answer(" ".join(map(str, range(60))), 9, False), ""),
-    (Answer("no " * 24, 9, False), "repeats itself"), (Answer("no " * 23, 9, False), ""),
-    (Answer(cycle(12, 27), 9, False), ""),  # 12 of 24 runs are distinct
-    (Answer(cycle(11, 27), 9, False), "repeats itself"),
-    (Answer("一只猫坐着，" * 8, 9, False), "repeats itself"),  # no spaces
-    (Answer("一只黑猫坐在木桌上，旁边放着两本打开的旧书和一杯热茶。", 9, False), ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        (Answer("a red circle", 9, False), ""),
+        (Answer(" \n", 9, False), "empty"),
+        (Answer("a red circle", 9, True), "cut off"),
+        (Answer("a cat sits. " * 20, 9, False), "repeats itself"),
+        (Answer("no no no no", 9, False), ""),  # short texts may
+        (Answer(" ".join(map(str, range(60))), 9, False), ""),
+        (Answer("no " * 24, 9, False), "repeats itself"),
+        (Answer("no " * 23, 9, False), ""),
+        (Answer(cycle(12, 27), 9, False), ""),  # 12 of 24 runs are distinct
+        (Answer(cycle(11, 27), 9, False), "repeats itself"),
+        (Answer("一只猫坐着，" * 8, 9, False), "repeats itself"),  # no spaces
+        (Answer("一只黑猫坐在木桌上，旁边放着两本打开的旧书和一杯热茶。", 9, False), ""),
+    ],
+)
 def test_what_is_no_caption(answer, reason):
     assert recaption.fault(answer) == reason
 
@@ -122,10 +126,15 @@ def mixed(split, count, seed):
         pair for k in (0, 1) for pair in json.loads((out / f"0000{k}.json").read_text())["left out"]
     ]
     assert {name: why.split(":")[0] for name, why in left} == {
-        "b": "unreadable image", "c": "no single image", "d": "no single image",
-        "e": "no single image"}  # fmt: skip
-    assert "1 captions; left out: 3 no single image, 1 unreadable image" in (
-        out / "README.md").read_text()  # fmt: skip
+        "b": "unreadable image",
+        "c": "no single image",
+        "d": "no single image",
+        "e": "no single image",
+    }
+    assert (
+        "1 captions; left out: 3 no single image, 1 unreadable image"
+        in (out / "README.md").read_text()
+    )
 
 
 def test_short_answers_are_cut_off(run, tmp_path):
@@ -150,8 +159,18 @@ def test_a_mistyped_source_begins_nothing(run, tmp_path):
 
 
 def test_the_command(tmp_path):
-    told = command("-m", "nanollava", "recaption", f"{WORLD}:short_captions", "--model",
-                   ROOT / "demo/nano", "--out", tmp_path, "--samples", 3)  # fmt: skip
+    told = command(
+        "-m",
+        "nanollava",
+        "recaption",
+        f"{WORLD}:short_captions",
+        "--model",
+        ROOT / "demo/nano",
+        "--out",
+        tmp_path,
+        "--samples",
+        3,
+    )
     assert "captions and their card are in" in told and len(read(tmp_path)) == 3
 
 

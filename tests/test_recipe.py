@@ -62,8 +62,11 @@ def test_a_recipe_is_a_program_and_a_yaml_file(file, monkeypatch):
 def test_every_shipped_recipe_is_both(monkeypatch):
     called = []
     monkeypatch.setattr(nanollava, "main", called.append)
-    files = [f for f in sorted((ROOT / "recipes").rglob("*.yaml"))
-             if f.read_text().startswith("if __name__")]  # fmt: skip
+    files = [
+        f
+        for f in sorted((ROOT / "recipes").rglob("*.yaml"))
+        if f.read_text().startswith("if __name__")
+    ]
     assert ROOT / "recipes" / "nano.yaml" in files
     for path in files:
         runpy.run_path(str(path), run_name="__main__")
@@ -75,9 +78,13 @@ def test_launched_from_another_folder_a_mistake_is_one_line(file, tmp_path):
     """python FILE key=value: the override arrives, and the error names it; no traceback."""
     (tmp_path / "elsewhere").mkdir()
     out = subprocess.run(
-        [sys.executable, "../a.yaml", "stages.stage2.lrr=3"], cwd=tmp_path / "elsewhere",
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "../a.yaml", "stages.stage2.lrr=3"],
+        cwd=tmp_path / "elsewhere",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
     assert out.returncode == 1 and "Traceback" not in out.stderr
     assert "Key 'lrr' not in 'Stage'. Did you mean: 'lr'?" in out.stderr
 
@@ -111,7 +118,7 @@ def test_local_paths_of_every_kind_are_relative_to_the_recipe(tmp_path):
         "json:hf://datasets/o/n/a.json+./b.zip": f"json:hf://datasets/o/n/a.json+{sub}/b.zip",
         "webdataset:/far/../a.tar": "webdataset:/far/../a.tar",
         "./c++/my.py:pages": f"{sub}/c++/my.py:pages",
-    }  # fmt: skip
+    }
     sources = {f"s{i}": {"path": path} for i, path in enumerate(wanted)}
     recipe = read_recipe(write(sub, yaml.dump({"sources": sources})))
     assert [source.path for source in recipe.sources.values()] == list(wanted.values())
@@ -121,13 +128,16 @@ def test_local_paths_of_every_kind_are_relative_to_the_recipe(tmp_path):
 
 def test_a_delta_is_its_base_with_changed_keys(file, tmp_path):
     (tmp_path / "sub").mkdir()
-    delta = write(tmp_path / "sub", """
+    delta = write(
+        tmp_path / "sub",
+        """
 base: ../a.yaml
 run: runs/b
 stages: {stage1: null, stage2: {lr: 1e-4}}
 visual: {max_grid: 3x3}
 sources: {photos: {path: "json:./other.json"}}
-""")  # fmt: skip
+""",
+    )
     base, recipe = read_recipe(file), read_recipe(delta)
     assert recipe.stages["stage1"] is None
     assert recipe.stages["stage2"] == replace(base.stages["stage2"], lr=1e-4)
@@ -139,9 +149,19 @@ sources: {photos: {path: "json:./other.json"}}
 
 
 def test_overrides_are_typed_and_come_last(file):
-    recipe = read_recipe(file, ["stages.stage2.lr=1e-5", "visual.max_grid=2x2..6x6", "seed=7",
-                                "fresh=true", "stages.stage1=null", "sources.pages.samples=3",
-                                "visual.max_visual_tokens=37T"], seed=8)  # fmt: skip
+    recipe = read_recipe(
+        file,
+        [
+            "stages.stage2.lr=1e-5",
+            "visual.max_grid=2x2..6x6",
+            "seed=7",
+            "fresh=true",
+            "stages.stage1=null",
+            "sources.pages.samples=3",
+            "visual.max_visual_tokens=37T",
+        ],
+        seed=8,
+    )
     assert recipe.stages["stage2"].lr == 1e-5 and recipe.stages["stage1"] is None
     assert recipe.visual == Visual("2x2..6x6", max_visual_tokens="37T")
     assert recipe.seed == 8 and recipe.fresh is True, "changes given as values come last"
@@ -159,42 +179,56 @@ def test_written_and_read_again_is_the_same(file, tmp_path):
 # ---- mistakes
 
 
-@pytest.mark.parametrize("text,message", [
-    ("sede: 1", "Key 'sede' not in 'Recipe'. Did you mean: 'seed'?"),
-    ("visual: {max_gird: 3x3}", "Did you mean: 'max_grid'?"),
-    ("stages: {s: {batchsize: 1}}", "Did you mean: 'batch_size'?"),
-    ("seed: one", "Value 'one' of type 'str' could not be converted to Integer"),
-    ("stages: {s: {lr: fast}}", "could not be converted to Float"),
-    ("fresh: maybe", "not a valid bool"),
-    ("encoder: clip", "encoder: 'clip' is unknown; choose from clip_l_224"),
-    ("connector: tanh", "choose from relu, gelu"),
-    ("template: chatml", "choose from plain, qwen_1_5, vicuna_v1"),
-    ("label_mask: all", "choose from answers, released"),
-    ("precision: fp16", "choose from auto, fp32"),
-    ("visual: {pooling: max}", "choose from bilinear, average"),
-    ("visual: {arrange: rows}", "choose from raster, flat"),
-    ("visual: {budget: none}", "choose from per_view, mosaic"),
-    ("visual: {max_grid: 3x0}", "'3x0' is no grid"),
-    ("visual: {max_visual_tokens: much}", "'much': write '5T'"),
-    ("visual: {max_grid: 6x6, max_visual_tokens: 36}",
-     "36 tokens is below one token for each of the 37 views of grid 6x6"),
-    ("visual: {max_visual_tokens: 1T, budget: mosaic}", "a mosaic budget must be at least 2T"),
-    ("visual: {arrange: flat, budget: mosaic}", "flat needs budget per_view"),
-    ("visual: {pool_stride: 0}", "visual.pool_stride: 0; expected 1 or more"),
-    ("sources: {a: {path: x}}\nstages: {s: {sources: {b: 1}}}",
-     "stages.s.sources: 'b' is none of the recipe's: ['a']"),
-    ("stages: {s: {lr: 1}}", "stages.s has no sources"),
-    ("sources: {a: {path: x}}\nstages: {s: {sources: {a: 1}, train: llm}}",
-     "stages.s.train: 'llm' is unknown; choose from projector, projector+llm, full"),
-    ("sources: {a: {path: x}}\nstages: {s: {sources: {a: 1}, template: x}}",
-     "stages.s.template: 'x' is unknown; choose from plain"),
-    ("tasks: {t: {path: x, metric: bleu}}", "tasks.t.metric: 'bleu' is unknown; choose from anls"),
-    ("settings: {big: {max_grid: huge}}", "'huge' is no grid"),
-    ("settings: {big: {max_gird: 3x3}}", "Did you mean: 'max_grid'?"),
-    ("settings: {big: {lift: tall}}", "could not be converted to Integer"),
-    ("a: [b", "is no YAML"),
-    ("- seed", "is no mapping"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("sede: 1", "Key 'sede' not in 'Recipe'. Did you mean: 'seed'?"),
+        ("visual: {max_gird: 3x3}", "Did you mean: 'max_grid'?"),
+        ("stages: {s: {batchsize: 1}}", "Did you mean: 'batch_size'?"),
+        ("seed: one", "Value 'one' of type 'str' could not be converted to Integer"),
+        ("stages: {s: {lr: fast}}", "could not be converted to Float"),
+        ("fresh: maybe", "not a valid bool"),
+        ("encoder: clip", "encoder: 'clip' is unknown; choose from clip_l_224"),
+        ("connector: tanh", "choose from relu, gelu"),
+        ("template: chatml", "choose from plain, qwen_1_5, vicuna_v1"),
+        ("label_mask: all", "choose from answers, released"),
+        ("precision: fp16", "choose from auto, fp32"),
+        ("visual: {pooling: max}", "choose from bilinear, average"),
+        ("visual: {arrange: rows}", "choose from raster, flat"),
+        ("visual: {budget: none}", "choose from per_view, mosaic"),
+        ("visual: {max_grid: 3x0}", "'3x0' is no grid"),
+        ("visual: {max_visual_tokens: much}", "'much': write '5T'"),
+        (
+            "visual: {max_grid: 6x6, max_visual_tokens: 36}",
+            "36 tokens is below one token for each of the 37 views of grid 6x6",
+        ),
+        ("visual: {max_visual_tokens: 1T, budget: mosaic}", "a mosaic budget must be at least 2T"),
+        ("visual: {arrange: flat, budget: mosaic}", "flat needs budget per_view"),
+        ("visual: {pool_stride: 0}", "visual.pool_stride: 0; expected 1 or more"),
+        (
+            "sources: {a: {path: x}}\nstages: {s: {sources: {b: 1}}}",
+            "stages.s.sources: 'b' is none of the recipe's: ['a']",
+        ),
+        ("stages: {s: {lr: 1}}", "stages.s has no sources"),
+        (
+            "sources: {a: {path: x}}\nstages: {s: {sources: {a: 1}, train: llm}}",
+            "stages.s.train: 'llm' is unknown; choose from projector, projector+llm, full",
+        ),
+        (
+            "sources: {a: {path: x}}\nstages: {s: {sources: {a: 1}, template: x}}",
+            "stages.s.template: 'x' is unknown; choose from plain",
+        ),
+        (
+            "tasks: {t: {path: x, metric: bleu}}",
+            "tasks.t.metric: 'bleu' is unknown; choose from anls",
+        ),
+        ("settings: {big: {max_grid: huge}}", "'huge' is no grid"),
+        ("settings: {big: {max_gird: 3x3}}", "Did you mean: 'max_grid'?"),
+        ("settings: {big: {lift: tall}}", "could not be converted to Integer"),
+        ("a: [b", "is no YAML"),
+        ("- seed", "is no mapping"),
+    ],
+)
 def test_mistakes_are_named(tmp_path, text, message):
     with pytest.raises(ValueError) as error:
         read_recipe(write(tmp_path, text))
@@ -202,9 +236,11 @@ def test_mistakes_are_named(tmp_path, text, message):
 
 
 def test_the_smallest_budget_that_works_is_accepted(tmp_path):
-    for text in ("visual: {max_grid: 6x6, max_visual_tokens: 37}",
-                 "visual: {max_grid: base, max_visual_tokens: 1}",
-                 "visual: {max_visual_tokens: 2T, budget: mosaic}"):  # fmt: skip
+    for text in (
+        "visual: {max_grid: 6x6, max_visual_tokens: 37}",
+        "visual: {max_grid: base, max_visual_tokens: 1}",
+        "visual: {max_visual_tokens: 2T, budget: mosaic}",
+    ):
         read_recipe(write(tmp_path, text))
 
 
@@ -275,8 +311,12 @@ def test_each_key_is_either_free_or_makes_another_run(key):
 def test_keys_that_only_buy_memory_may_change_on_resume():
     nano = str(Path(__file__).parents[1] / "recipes/nano.yaml")
     stage = "stages.stage2."
-    keys = [f"{stage}microbatch_tokens=99", f"{stage}checkpoint_activations=true",
-            f"{stage}save_interval=7", "shard=true"]  # fmt: skip
+    keys = [
+        f"{stage}microbatch_tokens=99",
+        f"{stage}checkpoint_activations=true",
+        f"{stage}save_interval=7",
+        "shard=true",
+    ]
     assert not differences(read_recipe(nano), read_recipe(nano, keys))
     assert differences(read_recipe(nano), read_recipe(nano, [f"{stage}lr=3"]))
 

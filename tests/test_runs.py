@@ -74,18 +74,25 @@ def test_the_band_lies_around_the_means_of_ten_steps(tmp_path):
     for run, losses in (("a", [2.0] * 10 + [1.0]), ("b", [3.0] * 10 + [4.0])):
         (tmp_path / run).mkdir()
         keep_losses(tmp_path / run, "stage1", 0)
-        add_losses(tmp_path / run, [
-            ("stage1", step, source, loss, 9, 1e-3, 0.1)
-            for step, loss in enumerate(losses, 1) for source in ("short", "all")
-        ])  # fmt: skip
+        add_losses(
+            tmp_path / run,
+            [
+                ("stage1", step, source, loss, 9, 1e-3, 0.1)
+                for step, loss in enumerate(losses, 1)
+                for source in ("short", "all")
+            ],
+        )
     write_reference([tmp_path / "a", tmp_path / "b"], out := tmp_path / "reference.csv")
     expected = LossBand(str(out), "stage1", 11)
     told = [expected.tell(step, 2.5) for step in range(1, 13)]
     assert told[0] == "loss 2.500 (expected 1.90-3.15)"  # 2 - 5%, 3 + 5%
     assert told[10] == "loss 2.500 (expected 1.80-3.26)"  # means 1.9 and 3.1
     assert told[11] == "loss 2.500"  # the reference ends at step 11
-    for none in (LossBand(str(out), "stage2", 11), LossBand("", "stage1", 11),
-                 LossBand(str(out), "stage1", 12)):  # fmt: skip
+    for none in (
+        LossBand(str(out), "stage2", 11),
+        LossBand("", "stage1", 11),
+        LossBand(str(out), "stage1", 12),
+    ):
         assert none.tell(1, 1) == "loss 1.000"  # another schedule has other losses
 
 

@@ -131,11 +131,15 @@ def test_json_is_llavas_format(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(png())
     rows = [
-        {"id": 7, "image": "images/a.png", "conversations": talk("<image>", "a"),
-         "data_source": "pages"},
+        {
+            "id": 7,
+            "image": "images/a.png",
+            "conversations": talk("<image>", "a"),
+            "data_source": "pages",
+        },
         {"image": ["images/a.png", "images/a.png"], "conversations": talk("<image><image>", "b")},
         {"id": "c", "conversations": talk("text", "c")},
-    ]  # fmt: skip
+    ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     found = list(records(Source(f"json:{tmp_path}/a.json"), 0))
     assert [r["id"] for r in found] == ["7", "1", "c"]
@@ -149,9 +153,14 @@ def test_json_is_llavas_format(tmp_path):
 
 def llava(count, folder="00453"):
     """Rows and images as LLaVA-Pretrain's: two records may share an image."""
-    rows = [{"id": f"{i:09}", "image": f"{folder}/{i // 2:09}.png",
-             "conversations": talk("Describe it.\n<image>", f"answer {i}")}
-            for i in range(count)]  # fmt: skip
+    rows = [
+        {
+            "id": f"{i:09}",
+            "image": f"{folder}/{i // 2:09}.png",
+            "conversations": talk("Describe it.\n<image>", f"answer {i}"),
+        }
+        for i in range(count)
+    ]
     return rows, {row["image"]: png(20 + i, color=(i, 0, 0)) for i, row in enumerate(rows[::2])}
 
 
@@ -197,8 +206,17 @@ def test_a_list_and_its_zip(tmp_path):
     (tmp_path / "blip.json").write_text(json.dumps(rows))
     write_zip(tmp_path / "images.zip", {"00453/other.png": b"x", **dict(reversed(images.items()))})
     found = read(f"json:{tmp_path}/blip.json+images.zip")
-    order = ["text", "two", "000000004", "000000005", "000000002", "000000003", "000000000",
-             "000000001", "lost"]  # fmt: skip
+    order = [
+        "text",
+        "two",
+        "000000004",
+        "000000005",
+        "000000002",
+        "000000003",
+        "000000000",
+        "000000001",
+        "lost",
+    ]
     assert [r["id"] for r in found] == order
     by_id = {row["id"]: row for row in rows}
     for record in found[2:-1]:
@@ -229,9 +247,15 @@ def test_lists_and_tars(tmp_path):
 def test_parquet_with_images_and_without(tmp_path):
     """LLaVA-NeXT-Data: an Image column that is null for text; several files; the bytes stay."""
     picture = png()
-    rows = [{"id": str(i), "image": {"bytes": picture, "path": "a.png"} if i % 3 else None,
-             "conversations": talk("<image>" if i % 3 else "hi", f"{i}"), "data_source": "coco"}
-            for i in range(7)]  # fmt: skip
+    rows = [
+        {
+            "id": str(i),
+            "image": {"bytes": picture, "path": "a.png"} if i % 3 else None,
+            "conversations": talk("<image>" if i % 3 else "hi", f"{i}"),
+            "data_source": "coco",
+        }
+        for i in range(7)
+    ]
     for part, some in enumerate((rows[:4], rows[4:])):
         write_parquet(tmp_path / f"train-{part}.parquet", some, id="string", data_source="string")
     (tmp_path / "test-0.parquet").write_bytes(b"")
@@ -268,8 +292,9 @@ def test_syndog_pages(tmp_path):
     write_parquet(tmp_path / "train-0.parquet", rows, ground_truth="string")
     shards, bad = prepared(tmp_path, f"parquet:{tmp_path}/train-0.parquet", prompt="OCR it.")
     assert [r["conversations"] for r in shards] == [
-        talk("<image>\nOCR it.", "One two"), talk("<image>\nOCR it.", "三四")
-    ]  # fmt: skip
+        talk("<image>\nOCR it.", "One two"),
+        talk("<image>\nOCR it.", "三四"),
+    ]
     assert [split_images(r["image"], r["sizes"]) for r in shards] == [[png()]] * 2
     assert [line[:2] for line in bad] == ["2:", "3:"], "a page without text does not stop the rest"
 
@@ -302,11 +327,16 @@ def test_text_only_lists(tmp_path):
 def write_pdf(file, *pages):
     """A PDF of lines of Helvetica, 300 x 600 points; an empty string is an empty page."""
     kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(len(pages)))
-    parts = ["<</Type/Catalog/Pages 2 0 R>>", f"<</Type/Pages/Count {len(pages)}/Kids[{kids}]>>",
-             "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>"]  # fmt: skip
+    parts = [
+        "<</Type/Catalog/Pages 2 0 R>>",
+        f"<</Type/Pages/Count {len(pages)}/Kids[{kids}]>>",
+        "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
     for i, text in enumerate(pages):
-        parts.append(f"<</Type/Page/Parent 2 0 R/MediaBox[0 0 300 600]/Contents {5 + 2 * i} 0 R"
-                     "/Resources<</Font<</F 3 0 R>>>>>>")  # fmt: skip
+        parts.append(
+            f"<</Type/Page/Parent 2 0 R/MediaBox[0 0 300 600]/Contents {5 + 2 * i} 0 R"
+            "/Resources<</Font<</F 3 0 R>>>>>>"
+        )
         lines = "".join(f"({line})Tj 0 -40 Td " for line in text.split("\n"))
         draw = f"BT /F 24 Tf 20 500 Td {lines}ET"
         parts.append(f"<</Length {len(draw)}>>stream\n{draw}\nendstream")
@@ -348,8 +378,10 @@ def test_small_and_large_images(tmp_path):
     (tmp_path / "dot.png").write_bytes(png(1, 1))
     (tmp_path / "line.png").write_bytes(png(20_000, 1))
     Image.new("1", (20_000, 20_000)).save(tmp_path / "wall.png")
-    rows = [{"id": n, "image": f"{n}.png", "conversations": talk("<image>", "a")}
-            for n in ("dot", "line", "wall")]  # fmt: skip
+    rows = [
+        {"id": n, "image": f"{n}.png", "conversations": talk("<image>", "a")}
+        for n in ("dot", "line", "wall")
+    ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     shards, bad = prepared(tmp_path, f"json:{tmp_path}/a.json")
     assert [r["id"] for r in shards] == ["dot", "line"]
@@ -402,13 +434,16 @@ def test_a_tar_without_its_end_is_cut_however_small(size, tmp_path):
         read(f"webdataset:{tmp_path}/w.tar")
 
 
-@pytest.mark.parametrize(("path", "told"), [
-    ("parquet:hf://datasets/org/name", "write hf://datasets/ORG/NAME/PATTERN"),
-    ("parquet:hf://datasets/org/", "write hf://datasets/ORG/NAME/PATTERN"),
-    ("parquet:hf://datasets//name/*.parquet", "write hf://datasets/ORG/NAME/PATTERN"),
-    (f"json:{ROOT}/README.md", "json: wants a list whose name ends in .json, found README.md"),
-    (f"pdf:{ROOT}/README.md", "pdf: wants a folder or files whose names end in .pdf"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("parquet:hf://datasets/org/name", "write hf://datasets/ORG/NAME/PATTERN"),
+        ("parquet:hf://datasets/org/", "write hf://datasets/ORG/NAME/PATTERN"),
+        ("parquet:hf://datasets//name/*.parquet", "write hf://datasets/ORG/NAME/PATTERN"),
+        (f"json:{ROOT}/README.md", "json: wants a list whose name ends in .json, found README.md"),
+        (f"pdf:{ROOT}/README.md", "pdf: wants a folder or files whose names end in .pdf"),
+    ],
+)
 def test_addresses_that_mean_nothing_are_refused(path, told):
     with pytest.raises(ValueError, match=told):
         read(path)
@@ -480,10 +515,16 @@ def failing(kind):
     return fail
 
 
-@pytest.mark.parametrize(("kind", "advice"), [
-    (RepositoryNotFoundError, "look at huggingface.co/datasets/old/name: it may have another name"),
-    (GatedRepoError, "accept its terms there, then `hf auth login`"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        (
+            RepositoryNotFoundError,
+            "look at huggingface.co/datasets/old/name: it may have another name",
+        ),
+        (GatedRepoError, "accept its terms there, then `hf auth login`"),
+    ],
+)
 def test_a_renamed_or_gated_dataset_is_named(tmp_path, monkeypatch, kind, advice):
     monkeypatch.setattr(readers, "snapshot_download", failing(kind))
     with pytest.raises(FileNotFoundError) as error:
@@ -495,8 +536,9 @@ def test_a_renamed_or_gated_dataset_is_named(tmp_path, monkeypatch, kind, advice
 def test_without_a_network_the_advice_is_a_copy(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     source = Source("parquet:hf://datasets/some/where/*.parquet")
-    recipe = Recipe(data=str(tmp_path / "d"), sources={"a": source},
-                    stages={"s": Stage(sources={"a": 1})})  # fmt: skip
+    recipe = Recipe(
+        data=str(tmp_path / "d"), sources={"a": source}, stages={"s": Stage(sources={"a": 1})}
+    )
     with pytest.raises(FileNotFoundError, match="datasets/some/where.*its source's KIND:./path"):
         prepare(recipe)
     assert not (tmp_path / "d").exists(), "before anything is written"
@@ -519,10 +561,15 @@ def test_sizes_are_told_and_what_cannot_fit_is_refused(tmp_path, monkeypatch, ca
     (tmp_path / "a.json").write_text(json.dumps(llava(2)[0]))
     sizes = {"a.json": 10**9, "b.zip": 2 * 10**9}
     served(monkeypatch, tmp_path, sizes)
-    recipe = used(Recipe(data=str(tmp_path / "d" / "e"), sources={
-        "far": Source("json:hf://datasets/some/where/a.json+b.zip"),
-        "own": Source(f"{OWN}:squares", samples=3),
-    }))  # fmt: skip
+    recipe = used(
+        Recipe(
+            data=str(tmp_path / "d" / "e"),
+            sources={
+                "far": Source("json:hf://datasets/some/where/a.json+b.zip"),
+                "own": Source(f"{OWN}:squares", samples=3),
+            },
+        )
+    )
     free = {"free": 5 * 10**9 - 1}
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(**free))
     with pytest.raises(ValueError, match="no room for 5.00 GB: 5.00 GB free in .*"):
@@ -620,8 +667,14 @@ def test_shards_give_back_what_went_in(mixed, capsys):
     assert {r["source"] for r in rows.values()} == {"mix"}
     bad = json.loads((folder / "bad.json").read_text())
     assert [line.split(":")[0] for line in bad] == [
-        "cut", "gone", "empty", "none", "count", "odd", "blank"
-    ]  # fmt: skip
+        "cut",
+        "gone",
+        "empty",
+        "none",
+        "count",
+        "odd",
+        "blank",
+    ]
     assert "unreadable image" in bad[0] and "gone.png" in bad[1]
     assert "0 <image> in the conversation for 1 images" in bad[4]
     assert "mix: 3 records, 7 left out: cut: unreadable image" in capsys.readouterr().out
@@ -708,8 +761,13 @@ def test_one_chunk_is_the_folder_itself(tmp_path, monkeypatch):
     two = prepare_source(replace(recipe, data="two #2"), "a")
     assert ids(two) == ids(folder)
     names = sorted(str(p.relative_to(two)) for p in two.rglob("*") if p.is_file())
-    assert names == ["00000/index.json", "00000/shard.00000.mds", "00001/index.json",
-                     "00001/shard.00000.mds", "index.json"]  # fmt: skip
+    assert names == [
+        "00000/index.json",
+        "00000/shard.00000.mds",
+        "00001/index.json",
+        "00001/shard.00000.mds",
+        "index.json",
+    ]
     assert not list(Path("two #2").glob("*.part"))
 
 
@@ -760,8 +818,10 @@ def test_two_runs_that_want_one_source_write_it_once(tmp_path):
     )
     recipe = Recipe(data=str(tmp_path / "d"), sources={"a": Source(f"{tmp_path}/mine.py:f")})
     folders = []
-    threads = [threading.Thread(target=lambda: folders.append(prepare_source(recipe, "a")))
-               for _ in range(2)]  # fmt: skip
+    threads = [
+        threading.Thread(target=lambda: folders.append(prepare_source(recipe, "a")))
+        for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -808,9 +868,11 @@ def test_a_changed_source_gets_new_shards(tmp_path):
     assert shard_folder(recipe, "a") == first and first.parent == tmp_path
     others = [
         shard_folder(replace(recipe, seed=1), "a"),
-        *(shard_folder(replace(recipe, sources={"a": replace(source, **change)}), "a")
-          for change in ({"samples": 3}, {"split": "val"}, {"prompt": "x"}))
-    ]  # fmt: skip
+        *(
+            shard_folder(replace(recipe, sources={"a": replace(source, **change)}), "a")
+            for change in ({"samples": 3}, {"split": "val"}, {"prompt": "x"})
+        ),
+    ]
     file.write_text(text.replace("A", "B"))
     assert len({first, shard_folder(recipe, "a"), *others}) == 6
     file.write_text(text)

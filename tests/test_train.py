@@ -113,13 +113,24 @@ def test_two_nodes_equal_one(tiny, tmp_path):
         port = str(free.getsockname()[1])
     nodes = [
         start(
-            recipe, f"run={run.parent}/nodes",
-            flags=("-n", "1", "--world_size", "2", "--node_rank", str(rank),
-                   "--master_addr", "127.0.0.1", "--master_port", port),
+            recipe,
+            f"run={run.parent}/nodes",
+            flags=(
+                "-n",
+                "1",
+                "--world_size",
+                "2",
+                "--node_rank",
+                str(rank),
+                "--master_addr",
+                "127.0.0.1",
+                "--master_port",
+                port,
+            ),
             TMPDIR=own_temporary_folder(tmp_path / str(rank), rank),
         )
         for rank in (0, 1)
-    ]  # fmt: skip
+    ]
     for node in nodes:
         finish(node)
     check_same_course(run, run.parent / "nodes")
@@ -137,8 +148,11 @@ def test_stopped_and_rerun_equals_never_stopped(tiny):
     """Once in each stage, by SIGKILL or SIGTERM: bit for bit the same weights and losses."""
     recipe, run = tiny
     again = run.parent / "again"
-    moments = {("stage1", 3): signal.SIGKILL, ("stage1_5", 2): signal.SIGTERM,
-               ("stage2", 8): signal.SIGKILL}  # fmt: skip
+    moments = {
+        ("stage1", 3): signal.SIGKILL,
+        ("stage1_5", 2): signal.SIGTERM,
+        ("stage2", 8): signal.SIGKILL,
+    }
     for moment, number in moments.items():
         stop_at(start(recipe, f"run={again}"), again, moment, number)
         assert not (again / "model.safetensors").exists()
@@ -151,8 +165,9 @@ def test_shards_equal_whole_copies_also_after_a_kill(tiny):
     recipe, run = tiny
     shards, flags = run.parent / "shards", ("-n", "2")
     keys = ("shard=true", "stages.stage2.checkpoint_activations=true")
-    stop_at(start(recipe, f"run={shards}", *keys, flags=flags), shards,
-            ("stage2", 8), signal.SIGKILL)  # fmt: skip
+    stop_at(
+        start(recipe, f"run={shards}", *keys, flags=flags), shards, ("stage2", 8), signal.SIGKILL
+    )
     finish(start(recipe, f"run={shards}", *keys, flags=flags))
     check_same_course(run, shards)
 

@@ -14,9 +14,12 @@ from nanollava.model import VLM
 from nanollava.pooling import add_newlines, as_maps, pool
 
 SETTINGS = [
-    {"max_grid": "base"}, {}, {"arrange": "flat"}, {"max_visual_tokens": "4T"},
+    {"max_grid": "base"},
+    {},
+    {"arrange": "flat"},
+    {"max_visual_tokens": "4T"},
     {"budget": "mosaic", "max_visual_tokens": "4T"},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("keys", SETTINGS)
@@ -27,8 +30,9 @@ def test_maps_undo_the_order_in_which_the_llm_reads(keys):
     (a, b), views = plan.grid, [1000 + 30 * y + x]  # a number for each place of the canvas
     views += [30 * (6 * j + y) + 6 * i + x for j in range(b) for i in range(a)]
     features = torch.stack(views).reshape(-1, 36, 1)
-    row = add_newlines(pool(features, plan, "bilinear", visual.arrange == "flat"), plan,
-                       torch.tensor([-9.0]))  # fmt: skip
+    row = add_newlines(
+        pool(features, plan, "bilinear", visual.arrange == "flat"), plan, torch.tensor([-9.0])
+    )
     base, tiles = as_maps(row[:, 0], plan)
     assert base.shape == (plan.side, plan.side) and tiles.shape == plan.raster
     assert (base.diff(dim=0) > 0).all() and (base.diff(dim=1) > 0).all() and base.min() >= 1000
@@ -84,16 +88,25 @@ def test_asking_first_is_asked_for(tiny_recipe):
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        ({"max_grid": "base"}, "36 features -> 36 visual tokens + 0 newlines\ntype of 12 pixels is "
-         "0.4 visual tokens high: illegible; type from 32 pixels on is legible"),
+        (
+            {"max_grid": "base"},
+            "36 features -> 36 visual tokens + 0 newlines\ntype of 12 pixels is "
+            "0.4 visual tokens high: illegible; type from 32 pixels on is legible",
+        ),
         ({"max_grid": "2x2"}, "0.8 visual tokens high: hardly legible; type from 16 pixels"),
-        ({}, "360 features -> 360 visual tokens + 18 newlines\ntype of 12 pixels is 1.1 visual "
-         "tokens high: legible; type from 11 pixels"),
-        ({"max_visual_tokens": "5T"}, "360 features -> 160 visual tokens + 12 newlines\ntype of 12 "
-         "pixels is 0.8 visual tokens high: hardly legible"),
+        (
+            {},
+            "360 features -> 360 visual tokens + 18 newlines\ntype of 12 pixels is 1.1 visual "
+            "tokens high: legible; type from 11 pixels",
+        ),
+        (
+            {"max_visual_tokens": "5T"},
+            "360 features -> 160 visual tokens + 12 newlines\ntype of 12 "
+            "pixels is 0.8 visual tokens high: hardly legible",
+        ),
         ({"max_visual_tokens": "5T", "budget": "mosaic"}, "type from 16 pixels on is legible"),
     ],
-)  # fmt: skip
+)
 def test_legibility_counts_visual_tokens_per_glyph(tiny_recipe, keys, told):
     assistant = asked(tiny_recipe, (192, 192), **keys)
     assistant.seen.glyphs = (12.0,)

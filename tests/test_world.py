@@ -27,8 +27,19 @@ KINDS = tuple(pages.KINDS)
 WEIGHTS = json.loads((NANO / "weights/scores.json").read_text())  # a row for each part that ships
 PRINTED = ("doc", "sheet", "dense", "chart", "info", "zh")
 TASKS = [*PRINTED, "presence", "choice", "motion", "transcribe", "caption"]
-MIXES = ["short_captions", "transcriptions", "detailed", "documents", "chinese", "instructions",
-         "moving", "sheets", "web_random", "web_top", "text_only"]  # fmt: skip
+MIXES = [
+    "short_captions",
+    "transcriptions",
+    "detailed",
+    "documents",
+    "chinese",
+    "instructions",
+    "moving",
+    "sheets",
+    "web_random",
+    "web_top",
+    "text_only",
+]
 
 
 def drawn(kind, split, count=150):
@@ -56,7 +67,8 @@ def test_same_arguments_same_records(name):
     assert first == again
     assert first[:5] == list(source("val", 5, 3)), "a record depends on how many are made"
     assert [r["image"] or r["conversations"] for r in first] != [
-        r["image"] or r["conversations"] for r in source("val", 12, 4)]  # fmt: skip
+        r["image"] or r["conversations"] for r in source("val", 12, 4)
+    ]
     assert len({r["id"] for r in first + list(source("test", 12, 3))}) == 24
 
 
@@ -74,8 +86,10 @@ PIXELS = {
 
 
 def test_splits_share_no_fact():
-    shown = {s: {f"{a} {b}" for kind in PRINTED for p in drawn(kind, s) for a, b in p.facts}
-             for s in pages.SHARES}  # fmt: skip
+    shown = {
+        s: {f"{a} {b}" for kind in PRINTED for p in drawn(kind, s) for a, b in p.facts}
+        for s in pages.SHARES
+    }
     scenes = {s: {str(p.facts) for p in drawn("scene", s)} for s in pages.SHARES}
     for a, b in combinations(pages.SHARES, 2):
         assert not shown[a] & shown[b] and not scenes[a] & scenes[b]
@@ -188,8 +202,9 @@ def test_tokenizer_keeps_any_text():
     texts = ["<|im_end|> typed", "user\nWhat is the Tax?", "tax 305\nfee 21", "Zürich 中 \r\n\t"]
     texts += ["".join(rng.choices(string.printable + "éß中", k=30)) for _ in range(300)]
     for text in texts:
-        out = tokenizer(text, add_special_tokens=False, split_special_tokens=True,
-                        return_offsets_mapping=True)  # fmt: skip
+        out = tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
         assert tokenizer.decode(out.input_ids) == text
         assert not set(out.input_ids) & set(tokenizer.all_special_ids)
         spans = list(dict.fromkeys(out.offset_mapping))  # the bytes of one character share a span
@@ -198,8 +213,13 @@ def test_tokenizer_keeps_any_text():
 
 def test_tokens_are_words_with_their_space_and_single_digits():
     tokenizer = AutoTokenizer.from_pretrained(NANO / "tokenizer")
-    for text, n in {"tax 305": 4, "What is the tax?": 5, "RENT 12\n": 4, "red star 7": 3,
-                    "system\nYou are a helpful assistant.": 1}.items():  # fmt: skip
+    for text, n in {
+        "tax 305": 4,
+        "What is the tax?": 5,
+        "RENT 12\n": 4,
+        "red star 7": 3,
+        "system\nYou are a helpful assistant.": 1,
+    }.items():
         assert len(tokenizer(text, add_special_tokens=False).input_ids) == n, text
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
 
@@ -225,8 +245,10 @@ def test_a_raster_shows_what_stands_where():
     reading = import_file(str(NANO / "reading.py"))
     item = pages.word("tax", 20.0, 30.0, 1, 0)
     page = pages.Page("doc", (96, 96), [item, pages.word("305", 60.0, 30.0, 1, 0)], [])
-    rows = [reading.raster(random.Random(s), page, (1, 1), (12, 12), (0, 0), reading.LINE)
-            for s in range(40)]  # fmt: skip
+    rows = [
+        reading.raster(random.Random(s), page, (1, 1), (12, 12), (0, 0), reading.LINE)
+        for s in range(40)
+    ]
     assert all(len(row) == 12 * 13 and row[12::13] == [reading.LINE] * 12 for row in rows)
     tokens = {t for row in rows for t in row[3 * 13 : 3 * 13 + 12]} - {reading.BLANK}
     assert set(reading.ids("tax ")) < tokens
@@ -239,8 +261,10 @@ def test_dense_labels_name_the_glyph_at_its_place():
     glyphs, things = sight.boxes(page)
     stem, halves, words, objects = sight.labels(glyphs, things, np.ones(4), np.zeros(4))
     named = {sight.GLYPHS[halves[spot]]: spot for spot in zip(*map(list, np.nonzero(halves)))}
-    assert named == {c: (2, int((a + b) / 2 // 4)) for c, a, b in zip(
-        "tax", page.items[0].edges, page.items[0].edges[1:])}  # fmt: skip
+    assert named == {
+        c: (2, int((a + b) / 2 // 4))
+        for c, a, b in zip("tax", page.items[0].edges, page.items[0].edges[1:])
+    }
     assert {sight.WORDS[w] for w in words.flatten()} == {"", "tax"} and not objects.any()
     moved = sight.labels(glyphs, things, np.ones(4), np.array([14, 0, 14, 0]))[1]
     assert {sight.GLYPHS[c] for c in moved.flatten() if c} == {"a", "x"}

@@ -28,10 +28,10 @@ from nanollava.ablations import verdicts
 from nanollava.anyres import Visual, parse_budget
 from nanollava.encoder import ENCODERS
 from nanollava.evaluate import add_line, evaluate, read_lines
+from nanollava.extras.environment import commit
 from nanollava.extras.plan import plan
 from nanollava.files import write_atomically
 from nanollava.recipe import Recipe, read_recipe, run_keys, used_sources
-from nanollava.runs import commit
 
 TUNING = 100  # seeds from here on choose settings; their results are no evidence
 ROOT = Path(__file__).parents[2]
@@ -185,7 +185,7 @@ def plan_tasks(file: Path, scale: str, seeds: range, only: list[str], done: set)
 
 def pool(workers: int) -> ProcessPoolExecutor:
     """Each process makes five runs: it keeps half a GB of every one."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=5)  # fmt: skip
+    return ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=5)
 
 
 def run_tasks(tasks: dict[str, Task], workers: int) -> Iterator[tuple[Task, list[dict]]]:

@@ -18,9 +18,14 @@ from nanollava.files import repository_file
 
 RECIPES = repository_file("ablations").parent
 STANDS_FOR = {
-    "nano-doc": "docvqa", "nano-info": "infovqa", "nano-chart": "chartqa", "nano-presence": "pope",
-    "nano-choice": "scienceqa_img", "trained": "training_time", "asked": "total_inference_time",
-}  # fmt: skip
+    "nano-doc": "docvqa",
+    "nano-info": "infovqa",
+    "nano-chart": "chartqa",
+    "nano-presence": "pope",
+    "nano-choice": "scienceqa_img",
+    "trained": "training_time",
+    "asked": "total_inference_time",
+}
 
 
 def results(file: Path) -> Path:
@@ -42,8 +47,10 @@ def judged(file: Path) -> list:
 def measured(file: Path) -> dict[str, list[dict]]:
     """Row of an ablation -> its measurements, one for each seed; without those of none."""
     lines = verdicts.latest(read_lines(results(file)))
-    rows = {row: [x for (other, _), x in sorted(lines.items()) if other == row]
-            for row in rows_of.read_ablation(file).rows}  # fmt: skip
+    rows = {
+        row: [x for (other, _), x in sorted(lines.items()) if other == row]
+        for row in rows_of.read_ablation(file).rows
+    }
     return {row: found for row, found in rows.items() if found}
 
 
@@ -83,13 +90,18 @@ def table(file: Path) -> list[str]:
     """
     rows, known = measured(file), rows_of.read_rows(file)
     tasks = [*next(iter(rows.values()))[0]["tasks"]]
-    out = ["| row | seeds | " + " | ".join(tasks) + " | tokens | trained, CPU-s | asked, CPU-s |",
-           "|---" * (len(tasks) + 5) + "|"]  # fmt: skip
+    out = [
+        "| row | seeds | " + " | ".join(tasks) + " | tokens | trained, CPU-s | asked, CPU-s |",
+        "|---" * (len(tasks) + 5) + "|",
+    ]
     for name, mine in rows.items():
         row = known[name]
         cells = [spread([verdicts.value(m, t) for m in mine]) + printed(row, t) for t in tasks]
-        cells += [tokens(mine), seconds(mine) + printed(row, "trained"),
-                  asking(mine) + printed(row, "asked")]  # fmt: skip
+        cells += [
+            tokens(mine),
+            seconds(mine) + printed(row, "trained"),
+            asking(mine) + printed(row, "asked"),
+        ]
         out.append(f"| {name} | {len(mine)} | {' | '.join(cells)} |")
     return out
 
@@ -104,21 +116,26 @@ def difference(v, digits: int = 3) -> str:
 def told(v) -> str:
     """A claim's line."""
     factor = v.claim.factor
-    asked = "-" if v.questions[0] != v.questions[0] else "{:.3g} to {:.3g}".format(
-        *(factor * x for x in v.questions))  # fmt: skip
+    asked = (
+        "-"
+        if v.questions[0] != v.questions[0]
+        else "{:.3g} to {:.3g}".format(*(factor * x for x in v.questions))
+    )
     rule = {
         "within": f"within ±{factor * v.claim.margin:g}",
         "at_most": f"below {factor * v.claim.margin:g}",
     }.get(v.claim.holds, f"p {v.p:.2g}" + (", counted" if v.claim.metric[0] == "flops" else ""))
-    return (f"| {v.claim.title} | {v.claim.source} | {difference(v)} | {asked} | {len(v.seeds)}"
-            f" | {rule} | **{v.word}** |")  # fmt: skip
+    return (
+        f"| {v.claim.title} | {v.claim.source} | {difference(v)} | {asked} | {len(v.seeds)}"
+        f" | {rule} | **{v.word}** |"
+    )
 
 
 OPENING = """# What the nano ablations show
 
 Made by `python -m nanollava.ablations.results` from the lines in `recipes/ablations/results/`.
-**Nano is not the blog**: models of a million parameters on drawn pages; they can show a mechanism and its
-direction.
+**Nano is not the blog**: models of a million parameters on drawn pages; they can show a
+mechanism and its direction.
 
 Scores in %, with half of the 95% t interval over seeds; in brackets what the blog prints for the
 benchmark that the task stands for. Tokens: visual tokens a question. CPU-s: of the last stage and
@@ -141,8 +158,15 @@ losses in nats. A seed changes the order of stages 1, 1.5 and 2, the records and
 
 "Over questions" is what other questions could have said about the same models.
 """
-HEAD = ("claim", "the blog", "difference [95% over seeds]", "over questions", "seeds", "test",
-        "verdict")  # fmt: skip
+HEAD = (
+    "claim",
+    "the blog",
+    "difference [95% over seeds]",
+    "over questions",
+    "seeds",
+    "test",
+    "verdict",
+)
 
 
 def section(file: Path, found: list) -> list[str]:
@@ -169,11 +193,13 @@ def trainings() -> str:
         for name, task in line["tasks"].items():
             asked.setdefault((line["key"], name), {})[tuple(line["losses"])] = task["score"]
     apart = [100 * np.ptp([*each.values()]) for each in asked.values() if len(each) > 1]
-    return (f"{len(cost)} last stages were trained in {sum(cost.values()) / 3600:.1f} CPU hours, of"
-            f" {len({run for run, *_ in cost})} recipes and seeds. Where two tables trained the"
-            f" same, in two sessions and mostly at two commits, a task's scores lie"
-            f" {np.median(apart):.1f} points apart in the median,"
-            f" {max(apart):.1f} at most.")  # fmt: skip
+    return (
+        f"{len(cost)} last stages were trained in {sum(cost.values()) / 3600:.1f} CPU hours, of"
+        f" {len({run for run, *_ in cost})} recipes and seeds. Where two tables trained the"
+        f" same, in two sessions and mostly at two commits, a task's scores lie"
+        f" {np.median(apart):.1f} points apart in the median,"
+        f" {max(apart):.1f} at most."
+    )
 
 
 def page() -> str:

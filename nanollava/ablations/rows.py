@@ -103,8 +103,10 @@ def read_rows(file: Path, scale: str = "nano") -> dict[str, Row]:
         if own is None:
             continue  # a row of the other base alone
         try:
-            keys = [at_ratio(local(Template(key).substitute(roles), base.parent), start)
-                    for key in [*common, *own, *row.keys]]  # fmt: skip
+            keys = [
+                at_ratio(local(Template(key).substitute(roles), base.parent), start)
+                for key in [*common, *own, *row.keys]
+            ]
             if row.infer:
                 with_visual(start, row.infer)
         except KeyError as error:

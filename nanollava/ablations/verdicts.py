@@ -30,11 +30,19 @@ from nanollava.evaluate import DIGITS
 from nanollava.metrics import METRICS
 
 SAME, OPPOSITE, OPEN, WAITS = WORDS = (
-    "same direction", "opposite", "not resolved", "waits for seeds")  # fmt: skip
+    "same direction",
+    "opposite",
+    "not resolved",
+    "waits for seeds",
+)
 HOLDS = ("above", "at_most", "within", "beyond")
 TESTED = {"above", "beyond"}  # against 0, with Holm's p; the others by their interval
 UNSCORED = {  # metrics that are no scores in 0..1, and what their differences are told in
-    "loss": "nats", "train": "log of s", "infer": "log of s", "flops": "log of FLOPs"}  # fmt: skip
+    "loss": "nats",
+    "train": "log of s",
+    "infer": "log of s",
+    "flops": "log of FLOPs",
+}
 LEAST = 3  # seeds of a verdict
 
 
@@ -174,8 +182,11 @@ def questions(lines: dict, claim: Claim, seeds: Sequence[int]) -> tuple[float, f
 def measure(claim: Claim, lines: Sequence[dict]) -> Verdict:
     """A claim against the results of its file; its word comes from `judge`."""
     known = latest(lines)
-    seeds = [s for s in sorted({seed for _, seed in known})
-             if all((row, s) in known for row in claim.contrast)]  # fmt: skip
+    seeds = [
+        s
+        for s in sorted({seed for _, seed in known})
+        if all((row, s) in known for row in claim.contrast)
+    ]
     each = [
         sum(w * value(known[row, s], m) for row, w in claim.contrast.items() for m in claim.metric)
         / len(claim.metric)

@@ -42,8 +42,11 @@ BLOG = {
     "chartqa": Column("chartqa", "relaxed_overall"),
     "docvqa": Column("docvqa_val", "anls"),
     "infovqa": Column("infovqa_val", "anls"),
-    "mathvista": Column("mathvista_testmini_direct", "accuracy", note="without GPT-4's extraction: "
-                        "what is no bare answer is wrong"),
+    "mathvista": Column(
+        "mathvista_testmini_direct",
+        "accuracy",
+        note="without GPT-4's extraction: what is no bare answer is wrong",
+    ),
     "mme": Column("mme", ("mme_perception_score", "mme_cognition_score"), 100 / 2800),
     "mmmu": Column("mmmu_val_2024", "mmmu_acc"),
     "scienceqa_img": Column("scienceqa_img", "exact_match"),
@@ -55,10 +58,11 @@ BLOG = {
     "cmmmu": Column("cmmmu_val", "cmmmu_acc"),
     "llava_w": Column("llava_w_2024", "judge_score", 1, judged=(60, 3500, 0)),
     "video_dc": Column("video_dc_2024", "judge_score", 20, judged=(499, 2500, 0)),
-    "image_dc_en": Column("image_dc_own_en", "judge_score", 1, "your images: the blog's are not "
-                          "released", (0, 700, 1)),
+    "image_dc_en": Column(
+        "image_dc_own_en", "judge_score", 1, "your images: the blog's are not released", (0, 700, 1)
+    ),
     "image_dc_cn": Column("image_dc_own_cn", "judge_score", 1, "your images", (0, 700, 1)),
-}  # fmt: skip
+}
 COLUMNS = {column.task: name for name, column in BLOG.items()}
 
 
@@ -66,12 +70,17 @@ def chosen(names: Sequence[str], known: Sequence[str]) -> list[str]:
     """Names or columns of the blog -> tasks; ValueError with the nearest for one that is none."""
     tasks = []
     for name in names:
-        tasks += [c.task for c in BLOG.values()] if name == "blog" else [
-            BLOG[name].task if name in BLOG else name]  # fmt: skip
+        tasks += (
+            [c.task for c in BLOG.values()]
+            if name == "blog"
+            else [BLOG[name].task if name in BLOG else name]
+        )
     if unknown := [name for name in tasks if name not in known]:
         near = [n for u in unknown for n in difflib.get_close_matches(u, [*known, *BLOG], 3, 0.5)]
-        raise ValueError(f"unknown tasks {unknown}; near: {near or 'none'}. `blog` is all of the "
-                         "blog's; lmms-eval tasks list shows all")  # fmt: skip
+        raise ValueError(
+            f"unknown tasks {unknown}; near: {near or 'none'}. `blog` is all of the "
+            "blog's; lmms-eval tasks list shows all"
+        )
     return [*dict.fromkeys(tasks)]
 
 
@@ -149,8 +158,12 @@ def show(rows: dict[str, dict], reasons: dict[str, str], beside: str, limit: int
     """Print ours beside a row of the blog's."""
     row, told = row_of(beside)
     table, notes = Table(title=f"beside the blog: {told}", box=SIMPLE), []
-    for head, side in (("task", "left"), ("column", "left"), ("ours", "right"),
-                       ("the blog", "right")):  # fmt: skip
+    for head, side in (
+        ("task", "left"),
+        ("column", "left"),
+        ("ours", "right"),
+        ("the blog", "right"),
+    ):
         table.add_column(head, justify=side, no_wrap=True)
     for task in [*rows, *reasons]:
         column = COLUMNS.get(task, "")

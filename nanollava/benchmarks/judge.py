@@ -49,9 +49,12 @@ def judge_id() -> str:
     if kind.startswith("async"):
         raise ValueError(f"API_TYPE={kind} cannot be asked from several threads; drop async_")
     if not os.environ.get("MODEL_VERSION") or (
-            kind == "openai" and not os.environ.get("OPENAI_API_KEY")):  # fmt: skip
-        raise ValueError("needs a judge: set MODEL_VERSION, OPENAI_API_KEY and, unless it is "
-                         "OpenAI's, OPENAI_API_URL")  # fmt: skip
+        kind == "openai" and not os.environ.get("OPENAI_API_KEY")
+    ):
+        raise ValueError(
+            "needs a judge: set MODEL_VERSION, OPENAI_API_KEY and, unless it is "
+            "OpenAI's, OPENAI_API_URL"
+        )
     return os.environ["MODEL_VERSION"]
 
 
@@ -122,9 +125,11 @@ def ask(messages: Sequence[dict], images: Sequence[Image] = (), room: int = 1024
 
 
 def judge(
-    messages: Sequence[dict], read: Callable[[str], Any], images: Sequence[Image] = (),
+    messages: Sequence[dict],
+    read: Callable[[str], Any],
+    images: Sequence[Image] = (),
     room: int = 1024,
-) -> Judgement:  # fmt: skip
+) -> Judgement:
     """One judgement; `read` finds the score in what was said, or None."""
     try:
         found = ask(messages, images, room)

@@ -60,9 +60,15 @@ class Nanollava(lmms):
     is_simple = False
 
     def __init__(
-        self, pretrained: str, device: str = "", max_frames: int = 32, batch_size: int = 1,
-        max_batch_size: int | None = None, answers: str = "", **visual: Any,
-    ):  # fmt: skip
+        self,
+        pretrained: str,
+        device: str = "",
+        max_frames: int = 32,
+        batch_size: int = 1,
+        max_batch_size: int | None = None,
+        answers: str = "",
+        **visual: Any,
+    ):
         super().__init__()
         self.kept, self.wrong = Path(answers) if answers else None, []
         self.weights = weights_digest(Path(pretrained)) if answers else ""
@@ -181,11 +187,17 @@ def score_task(model: Any, task: str, manager: Any, limit: int, folder: Path) ->
     judged, model.wrong = bool(judge_column(task)), []
     args = Namespace(process_with_media=False, output_path=str(folder))  # answers need no images
     found = simple_evaluate(
-        model=model, tasks=[load_task(task, manager)], limit=limit or None, batch_size=1,
-        bootstrap_iters=0, log_samples=True, verbosity="ERROR", cli_args=args,
+        model=model,
+        tasks=[load_task(task, manager)],
+        limit=limit or None,
+        batch_size=1,
+        bootstrap_iters=0,
+        log_samples=True,
+        verbosity="ERROR",
+        cli_args=args,
         process_docs_parallel=4 if judged else 1,  # some tasks guess at random
         distributed_executor_backend="torchrun",  # accelerate knows no second process on a CPU
-    )  # fmt: skip
+    )
     if found is None:  # the first process has them
         return {}
     values: dict[str, Any] = {"n": len(found["samples"][task]), "unreadable images": model.wrong}

@@ -40,9 +40,12 @@ from nanollava.sources import records
 
 # Dense bf16 FLOP/s of the data sheet, bytes of memory.
 DEVICES = {
-    "h200": (989e12, 141e9), "h100": (989e12, 80e9), "a100": (312e12, 80e9), "4090": (165e12, 24e9),
+    "h200": (989e12, 141e9),
+    "h100": (989e12, 80e9),
+    "a100": (312e12, 80e9),
+    "4090": (165e12, 24e9),
     "cpu": (0, psutil.virtual_memory().total),
-}  # fmt: skip
+}
 # (a, b) of the LLM, frozen and trained, and of a trained encoder; a frozen encoder keeps nothing.
 # Under bf16 autocast norms and residuals stay float32.
 SAVED = {"fp32": ((24, 12), (44, 16), (32, 8)), "bf16": ((16, 6), (36, 8), (20, 4))}
@@ -117,8 +120,10 @@ def memory(
     recipe: Recipe, stage: Stage, parts: SimpleNamespace, mean: dict, devices: int, dtype: str
 ) -> dict[str, float]:
     """Bytes on one device: weights, gradients with Adam's moments, activations, logits."""
-    sizes = {n: sum(p.numel() for p in getattr(parts, n).parameters())
-             for n in ("encoder", "projector", "llm")}  # fmt: skip
+    sizes = {
+        n: sum(p.numel() for p in getattr(parts, n).parameters())
+        for n in ("encoder", "projector", "llm")
+    }
     trained = sum(n for part, n in sizes.items() if part in TRAIN[stage.train])
     config, row, share = parts.llm.config, parts.spec, devices if recipe.shard else 1
     batch = stage.batch_size / devices * mean["positions"]
@@ -166,13 +171,27 @@ def cpu_peak() -> float:
     return 2 * 2048**3 / min(seconds)
 
 
-def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, rate: dict[str, int],
-               device: str, devices: int, speed: float) -> dict:  # fmt: skip
+def plan_stage(
+    recipe: Recipe,
+    name: str,
+    parts: SimpleNamespace,
+    rate: dict[str, int],
+    device: str,
+    devices: int,
+    speed: float,
+) -> dict:
     """One stage's samples, steps, tokens, FLOPs, memory and hours; `speed`: FLOP/s in all."""
     stage, row, room = recipe.stages[name], parts.spec, DEVICES[device][1]
     visual = recipe.visual_of(stage)
-    writer = Writer(None, visual, row.tile, row.side, stage.template or recipe.template,
-                    recipe.label_mask, recipe.max_length)  # fmt: skip
+    writer = Writer(
+        None,
+        visual,
+        row.tile,
+        row.side,
+        stage.template or recipe.template,
+        recipe.label_mask,
+        recipe.max_length,
+    )
     mix: Mix = []
     known = {}
     for source, times in stage.mix.items():
@@ -184,8 +203,9 @@ def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, rate: dict[str
     for sketch, n in mix:
         counts = count([sketch], row.side**2, visual.pool_after_projector)
         mean.update({key: value * n / samples for key, value in counts.items()})
-    forward = {part: per * mean[PARTS[part][0]] * steps * stage.batch_size
-               for part, per in rate.items()}  # fmt: skip
+    forward = {
+        part: per * mean[PARTS[part][0]] * steps * stage.batch_size for part, per in rate.items()
+    }
     mean["longest"] = max(len(sketch.ids) for sketch, _ in mix)
     flops = step_flops(forward, TRAIN[stage.train])
     again = sum(forward.values()) * stage.checkpoint_activations  # the forward pass again
@@ -193,24 +213,35 @@ def plan_stage(recipe: Recipe, name: str, parts: SimpleNamespace, rate: dict[str
     need = memory(recipe, stage, parts, mean, devices, dtype)
     fits = sum(need.values()) < 0.95 * room
     return {
-        "known": known, "samples": round(samples), "steps": steps, **mean,
-        "padding": padding(mix), "forward": forward, "flops": flops, "memory": need,
+        "known": known,
+        "samples": round(samples),
+        "steps": steps,
+        **mean,
+        "padding": padding(mix),
+        "forward": forward,
+        "flops": flops,
+        "memory": need,
         "change": "" if fits else advice(recipe, name, stage, need, room),
         "hours": (flops + again) / speed / 3600,
-    }  # fmt: skip
+    }
 
 
 def plan(recipe: Recipe, device: str = "h200", devices: int = 1, share: float = 0.4) -> dict:
     """Stage by stage; `share` is the part of the device's peak that is hoped for."""
     if device not in DEVICES or devices < 1 or not 0 < share <= 1:
-        raise ValueError(f"{devices} x {device} at a share of {share}: give 1 or more of "
-                         f"{', '.join(DEVICES)}, and a share above 0 and up to 1")  # fmt: skip
+        raise ValueError(
+            f"{devices} x {device} at a share of {share}: give 1 or more of "
+            f"{', '.join(DEVICES)}, and a share above 0 and up to 1"
+        )
     if not any(recipe.stages.values()):
         raise ValueError("the recipe has no stages to plan")
     parts = parts_of(recipe)
     rate, speed = rates(parts), (DEVICES[device][0] or cpu_peak()) * share * devices
-    return {name: plan_stage(recipe, name, parts, rate, device, devices, speed)
-            for name, stage in recipe.stages.items() if stage}  # fmt: skip
+    return {
+        name: plan_stage(recipe, name, parts, rate, device, devices, speed)
+        for name, stage in recipe.stages.items()
+        if stage
+    }
 
 
 def show(stages: dict[str, dict], title: str) -> None:
@@ -221,14 +252,17 @@ def show(stages: dict[str, dict], title: str) -> None:
         gigabytes = {**x["memory"], "in all": sum(x["memory"].values())}
         columns[name] = {
             **{key: f"{x[key]:,}" for key in ("samples", "steps")},
-            **{f"{key} per sample": f"{x[key]:,.1f}" for key in
-               ("views", "positions", "visual", "learned")},
-            "longest sample": f"{x['longest']:,}", "padding would add": f"{x['padding']:.0%}",
+            **{
+                f"{key} per sample": f"{x[key]:,.1f}"
+                for key in ("views", "positions", "visual", "learned")
+            },
+            "longest sample": f"{x['longest']:,}",
+            "padding would add": f"{x['padding']:.0%}",
             **{f"forward, {part}": f"{n / forward:.0%}" for part, n in x["forward"].items()},
             "PFLOPs in all": f"{x['flops'] / 1e15:,.4g}",
             **{f"GB, {part}": f"{n / 1e9:,.2f}" for part, n in gigabytes.items()},
             "hours": f"{x['hours']:,.3g}",
-        }  # fmt: skip
+        }
     table = Table("", *stages, title=title, box=SIMPLE)
     for key in next(iter(columns.values())):
         table.add_row(key, *(column[key] for column in columns.values()))

@@ -29,8 +29,15 @@ from huggingface_hub.utils import filter_repo_objects
 from nanollava.files import explain_failed_download
 
 HUB = "hf://datasets/"
-BROKEN = (OSError, ValueError, EOFError, RuntimeError, zlib.error, tarfile.TarError,
-          zipfile.BadZipFile)  # fmt: skip
+BROKEN = (
+    OSError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    zlib.error,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+)
 LARGEST = 2**28  # bytes of an image in a container
 IMAGES = ("image", "jpg", "jpeg", "png", "webp")  # columns, of which a row fills one
 ANSWERS = ("conversations", "ground_truth", "txt")  # LLaVA, SynthDOG, captions: a row has one

@@ -69,8 +69,10 @@ def describe(
         if reason := fault(answer) if answer.tokens else "unreadable image":
             left.append((record["id"], reason))
             continue
-        talk = [{"from": "human", "value": f"{PLACEHOLDER}\n{prompt}"},
-                {"from": "gpt", "value": answer.text}]  # fmt: skip
+        talk = [
+            {"from": "human", "value": f"{PLACEHOLDER}\n{prompt}"},
+            {"from": "gpt", "value": answer.text},
+        ]
         row = {"id": record["id"], "image": {"bytes": image, "path": None}, "conversations": talk}
         kept.append({**row, "data_source": record["source"]})
     return kept, left
@@ -121,11 +123,15 @@ def card(folder: Path, asked: dict[str, Any], source: Source) -> str:
     told = [json.loads(file.read_text()) for file in sorted(folder.glob("[0-9]*.json"))]
     reasons = Counter(why.split(":")[0] for chunk in told for _, why in chunk["left out"])
     return CARD.format(
-        **asked, origin=f" ({source.origin})" if source.origin else "", few=FEW, distinct=DISTINCT,
-        kept=sum(chunk["kept"] for chunk in told), licence=source.licence or "not stated",
+        **asked,
+        origin=f" ({source.origin})" if source.origin else "",
+        few=FEW,
+        distinct=DISTINCT,
+        kept=sum(chunk["kept"] for chunk in told),
+        licence=source.licence or "not stated",
         left=", ".join(f"{n:,} {why}" for why, n in reasons.most_common()) or "none",
         folder=os.path.relpath(folder),
-    )  # fmt: skip
+    )
 
 
 def chunks(source: Source, seed: int) -> Iterator[tuple[int, list[dict]]]:

@@ -25,10 +25,15 @@ def write_reference(runs: Iterable[str | Path], out: str | Path) -> None:
             window.append(float(row["loss"]))
             told.setdefault((row["stage"], int(row["step"])), []).append(sum(window) / len(window))
     with write_atomically(Path(out)) as half, half.open("w", newline="") as file:
-        csv.writer(file).writerows([("stage", "step", "low", "high"), *(
-            (*place, f"{min(means) * 0.95:.2f}", f"{max(means) * 1.05:.2f}")
-            for place, means in told.items()
-        )])  # fmt: skip
+        csv.writer(file).writerows(
+            [
+                ("stage", "step", "low", "high"),
+                *(
+                    (*place, f"{min(means) * 0.95:.2f}", f"{max(means) * 1.05:.2f}")
+                    for place, means in told.items()
+                ),
+            ]
+        )
 
 
 if __name__ == "__main__":

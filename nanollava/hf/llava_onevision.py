@@ -68,10 +68,12 @@ def tower(spec: EncoderSpec) -> dict[str, Any]:
         return {}
     return {
         "model_type": "siglip_vision_model" if spec.tanh else "clip_vision_model",
-        "image_size": spec.tile, "patch_size": spec.patch, "hidden_size": spec.width,
+        "image_size": spec.tile,
+        "patch_size": spec.patch,
+        "hidden_size": spec.width,
         "hidden_act": "gelu_pytorch_tanh" if spec.tanh else "quick_gelu",
         "vision_feature_select_strategy": "full" if spec.tanh else "default",  # no class token
-    }  # fmt: skip
+    }
 
 
 def sizes(block: nn.Module) -> dict[str, Any]:
@@ -145,10 +147,18 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     words = load_tokenizer(str(folder)).all_special_tokens
     fit = [n for n, form in TEMPLATES.items() if form.specials and {*form.specials} <= {*words}]
     need(fit, f"{folder}: special tokens", words, "those of qwen_1_5 or vicuna_v1")
-    visual = {"max_grid": name_grids([(w // R, h // R) for h, w in pinpoints]),
-              "max_visual_tokens": f"({number[1]}+1)T", "budget": "mosaic"}  # fmt: skip
-    keys = {"encoder": encoder, "connector": config.projector_hidden_act, "llm": str(folder),
-            "template": fit[0], "visual": visual}  # fmt: skip
+    visual = {
+        "max_grid": name_grids([(w // R, h // R) for h, w in pinpoints]),
+        "max_visual_tokens": f"({number[1]}+1)T",
+        "budget": "mosaic",
+    }
+    keys = {
+        "encoder": encoder,
+        "connector": config.projector_hidden_act,
+        "llm": str(folder),
+        "template": fit[0],
+        "visual": visual,
+    }
     check_pixels(folder, ENCODERS[encoder])
     state = read_tensors(folder, ENCODERS[encoder])
     if config.get_text_config().tie_word_embeddings:
@@ -161,8 +171,11 @@ def find_encoder(config: transformers.LlavaOnevisionConfig, there: str) -> str:
     above = ("vision_feature_layer", "vision_feature_select_strategy")
     given = config.vision_config.to_dict() | {key: getattr(config, key) for key in above}
     layers = given["num_hidden_layers"]  # their layer -1 is the output of the last of these blocks
-    known = {name: tower(spec) | {"vision_feature_layer": spec.blocks - layers - 1}
-             for name, spec in ENCODERS.items() if tower(spec)}  # fmt: skip
+    known = {
+        name: tower(spec) | {"vision_feature_layer": spec.blocks - layers - 1}
+        for name, spec in ENCODERS.items()
+        if tower(spec)
+    }
     name = max(known, key=lambda n: sum(given.get(k) == v for k, v in known[n].items()))
     with torch.device("meta"):
         block = build(ENCODERS[name], "random").blocks[0]
@@ -217,16 +230,21 @@ def to_config(model: Any, words: Any) -> transformers.LlavaOnevisionConfig:
     image, video = words.convert_tokens_to_ids([PLACEHOLDER, "<video>"])
     return transformers.LlavaOnevisionConfig(
         vision_feature_select_strategy=vision.pop("vision_feature_select_strategy"),
-        vision_config=vision | sizes(block) | {
-            "num_hidden_layers": spec.blocks, "vision_use_head": False},
-        text_config=text | {
-            "vocab_size": max(text["vocab_size"], image + 1, video + 1), "_name_or_path": "",
-            "dtype": "float32"},
-        image_token_index=image, video_token_index=video,
+        vision_config=vision
+        | sizes(block)
+        | {"num_hidden_layers": spec.blocks, "vision_use_head": False},
+        text_config=text
+        | {
+            "vocab_size": max(text["vocab_size"], image + 1, video + 1),
+            "_name_or_path": "",
+            "dtype": "float32",
+        },
+        image_token_index=image,
+        video_token_index=video,
         projector_hidden_act=model.recipe.connector,
         vision_aspect_ratio=f"anyres_max_{parse_budget(tiles.max_visual_tokens, T) // T - 1}",
         image_grid_pinpoints=[[b * R, a * R] for a, b in parse_grids(tiles.max_grid)],
-    )  # fmt: skip
+    )
 
 
 def write(model: Any, folder: str | Path) -> None:
@@ -245,16 +263,26 @@ def write(model: Any, folder: str | Path) -> None:
     pad = ends[0] if words.pad_token_id is None else words.pad_token_id
     theirs.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     theirs.save_pretrained(folder)
-    pixels = {"size": {"height": spec.tile, "width": spec.tile},
-              "image_mean": spec.mean, "image_std": spec.std}  # fmt: skip
+    pixels = {
+        "size": {"height": spec.tile, "width": spec.tile},
+        "image_mean": spec.mean,
+        "image_std": spec.std,
+    }
     grids, strategy = config.image_grid_pinpoints, config.vision_feature_select_strategy
-    texts = {"start": form.start.removeprefix("<s>"), "user": form.user[0], "after": form.user[1],
-             "assistant": form.assistant, "ask": form.assistant.rstrip(" "),
-             "end": form.end + form.after}  # fmt: skip
+    texts = {
+        "start": form.start.removeprefix("<s>"),
+        "user": form.user[0],
+        "after": form.user[1],
+        "assistant": form.assistant,
+        "ask": form.assistant.rstrip(" "),
+        "end": form.end + form.after,
+    }
     transformers.LlavaOnevisionProcessor(
-        transformers.LlavaOnevisionImageProcessorFast(**pixels, image_grid_pinpoints=grids), words,
+        transformers.LlavaOnevisionImageProcessorFast(**pixels, image_grid_pinpoints=grids),
+        words,
         transformers.LlavaOnevisionVideoProcessor(**pixels),
         num_image_tokens=spec.side**2 + (strategy == "default"),  # it takes the class token off
-        vision_feature_select_strategy=strategy, vision_aspect_ratio=config.vision_aspect_ratio,
+        vision_feature_select_strategy=strategy,
+        vision_aspect_ratio=config.vision_aspect_ratio,
         chat_template=CHAT.substitute({key: json.dumps(text) for key, text in texts.items()}),
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)

@@ -50,7 +50,7 @@ def run(name: str) -> list[tuple[str, list[str]]]:
 
 def commit() -> str:
     """The commit that is measured, as results of ablations name theirs."""
-    from nanollava.runs import commit
+    from nanollava.extras.environment import commit
 
     return commit()
 
@@ -67,10 +67,12 @@ def main() -> None:
     if sys.argv[1:]:
         return
     head = HEAD.format(
-        date=date.today(), commit=apart(commit), machine=platform.machine(),
+        date=date.today(),
+        commit=apart(commit),
+        machine=platform.machine(),
         minutes=(time.perf_counter() - begin) / 60,
         **{name: version(name) for name in ("torch", "transformers", "mosaicml")},
-    )  # fmt: skip
+    )
     lines = ["| " + " | ".join(cells) + " |" for cells in rows]
     (HERE / "RESULTS.md").write_text(head + "\n".join(lines) + "\n")
 

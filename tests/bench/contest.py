@@ -35,8 +35,9 @@ class Row(NamedTuple):
 
 def race(
     contenders: Mapping[str, Callable[[], Any]],
-    same: Callable[[Any, Any], bool] = lambda a, b: a == b, rounds: int = 5,
-) -> dict[str, list[float]]:  # fmt: skip
+    same: Callable[[Any, Any], bool] = lambda a, b: a == b,
+    rounds: int = 5,
+) -> dict[str, list[float]]:
     """CPU seconds of each contender in each round; `same` compares all results with the first's.
 
     The first turn of each warms up and is compared, not timed. AssertionError for other results.

@@ -85,8 +85,10 @@ def measure(client: Client, another: Callable[[], Client], asked: list[tuple[Pat
     wait(client, "What is the tax?", [next(fresh)[0]])  # warm
     first = [wait(client, text, [file]) for file, text in islice(fresh, 5)]
     second = [wait(client, "Read the text.", []) for _ in range(5)]
-    print(f"first token: {statistics.median(f for f, _ in first):.3f} s about a new image, "
-          f"{statistics.median(f for f, _ in second):.3f} s about the same one")  # fmt: skip
+    print(
+        f"first token: {statistics.median(f for f, _ in first):.3f} s about a new image, "
+        f"{statistics.median(f for f, _ in second):.3f} s about the same one"
+    )
     alone, twice = statistics.median(total for _, total in first), 0
     for k in (1, 2, 4, 8):
         visitors, times = [another() for _ in range(k)], []

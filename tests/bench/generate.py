@@ -41,11 +41,16 @@ def main() -> list[Row]:
 
     first, second = asked("what is it?"), asked("what is beside it?")
     ways = {"peer": theirs, "ours": ours}
-    found = {room: race({name: lambda way=way, room=room: way(room, first)
-                         for name, way in ways.items()})
-             for room in (1, LONG)}  # fmt: skip
-    decode = {name: [b - a for a, b in zip(found[1][name], found[LONG][name], strict=True)]
-              for name in ways}  # fmt: skip
+    found = {
+        room: race(
+            {name: lambda way=way, room=room: way(room, first) for name, way in ways.items()}
+        )
+        for room in (1, LONG)
+    }
+    decode = {
+        name: [b - a for a, b in zip(found[1][name], found[LONG][name], strict=True)]
+        for name in ways
+    }
     each = {name: 1000 * min(times) / (LONG - 1) for name, times in decode.items()}
 
     assistant.chat(image, "what is it?", max_new_tokens=1)
@@ -56,16 +61,32 @@ def main() -> list[Row]:
         list(assistant._speak(second, (0.0,), 1))
         return assistant.seen.written
 
-    warm = race({"peer": lambda: theirs(1, second), "ours": lambda: ours(1, second),
-                 "reused": reused})  # fmt: skip
+    warm = race(
+        {"peer": lambda: theirs(1, second), "ours": lambda: ours(1, second), "reused": reused}
+    )
     return [
-        Row("C7 decoding, per token", ratio(decode, "peer", "ours"), "x", 1.1,
-            note=", ".join(f"{name} {ms:.1f} ms" for name, ms in each.items())),
-        Row(f"C7 whole answer of {LONG} tokens", ratio(found[LONG], "peer", "ours"), "x", 1.05,
-            note=told(found[LONG])),
-        Row("C7 second question, first token", ratio(warm, "peer", "reused"), "x", 15,
-            note=f"{ratio(warm, 'ours', 'reused'):.0f}x against our own first"),
-    ]  # fmt: skip
+        Row(
+            "C7 decoding, per token",
+            ratio(decode, "peer", "ours"),
+            "x",
+            1.1,
+            note=", ".join(f"{name} {ms:.1f} ms" for name, ms in each.items()),
+        ),
+        Row(
+            f"C7 whole answer of {LONG} tokens",
+            ratio(found[LONG], "peer", "ours"),
+            "x",
+            1.05,
+            note=told(found[LONG]),
+        ),
+        Row(
+            "C7 second question, first token",
+            ratio(warm, "peer", "reused"),
+            "x",
+            15,
+            note=f"{ratio(warm, 'ours', 'reused'):.0f}x against our own first",
+        ),
+    ]
 
 
 if __name__ == "__main__":

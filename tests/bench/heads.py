@@ -26,8 +26,11 @@ def main() -> list[Row]:
     """What sharing saves."""
     assistant, world = load(ROOT / "demo/nano"), import_file(f"{ROOT}/recipes/nano/world.py")
     pages = [record["image"] for record in world.doc("test", 40, 0)]
-    items = [([Turn("user", f"<image>\nwhat is the {word}?", 1)], [page])
-             for page in pages for word in WORDS]  # fmt: skip
+    items = [
+        ([Turn("user", f"<image>\nwhat is the {word}?", 1)], [page])
+        for page in pages
+        for word in WORDS
+    ]
     writer = assistant.model.writer(Visual(max_grid="3x3", max_visual_tokens="10T"))
     shared = Assistant._read_heads
 

@@ -61,11 +61,23 @@ def main() -> list[Row]:
     times = [seconds(model, [one] * n) for n in counts]
     line = np.polyval(np.polyfit(counts, times, 1), counts)
     return [
-        Row("C9 stage 1.5's time, planned at stage 2's speed, is off by", off, "%", 15, True,
-            ", ".join(f"{name} {each / 1e9:.1f} GFLOP/s" for name, each in found.items())),
-        Row("C9 8 to 64 documents of one length: off a line by", 100 * max(abs(line / times - 1)),
-            "%", 5, True, f"{1e6 * times[-1] / counts[-1] / len(one.ids):.1f} us a position"),
-    ]  # fmt: skip
+        Row(
+            "C9 stage 1.5's time, planned at stage 2's speed, is off by",
+            off,
+            "%",
+            15,
+            True,
+            ", ".join(f"{name} {each / 1e9:.1f} GFLOP/s" for name, each in found.items()),
+        ),
+        Row(
+            "C9 8 to 64 documents of one length: off a line by",
+            100 * max(abs(line / times - 1)),
+            "%",
+            5,
+            True,
+            f"{1e6 * times[-1] / counts[-1] / len(one.ids):.1f} us a position",
+        ),
+    ]
 
 
 if __name__ == "__main__":

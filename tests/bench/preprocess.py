@@ -25,8 +25,18 @@ from nanollava.anyres import Visual, cut_views, layout, open_image, parse_grids 
 
 R, SIDE = 384, 27
 logging.set_verbosity_error()
-SIZES = [(320, 240), (640, 480), (480, 640), (800, 600), (1024, 768), (768, 1366), (1920, 1080),
-         (1654, 2339), (3000, 1000), (4000, 3000)]  # fmt: skip
+SIZES = [
+    (320, 240),
+    (640, 480),
+    (480, 640),
+    (800, 600),
+    (1024, 768),
+    (768, 1366),
+    (1920, 1080),
+    (1654, 2339),
+    (3000, 1000),
+    (4000, 3000),
+]
 PHOTO = Path(matplotlib.get_data_path(), "sample_data/grace_hopper.jpg")
 VISUAL = Visual("6x6", max_visual_tokens="37T")
 
@@ -47,8 +57,10 @@ def compare(image: Image.Image, theirs: Callable[[Image.Image], torch.Tensor]) -
     image.save(file := io.BytesIO(), "JPEG", quality=90)
     data = file.getvalue()
     pixels = {"peer": lambda: theirs(image), "ours": lambda: ours(image)}
-    files = {"peer": lambda: theirs(Image.open(io.BytesIO(data)).convert("RGB")),
-             "ours": lambda: ours(open_image(data))}  # fmt: skip
+    files = {
+        "peer": lambda: theirs(Image.open(io.BytesIO(data)).convert("RGB")),
+        "ours": lambda: ours(open_image(data)),
+    }
     return [ratio(race(ways, same), "peer", "ours") for ways in (pixels, files)]
 
 
@@ -56,9 +68,11 @@ def main() -> list[Row]:
     """The rows of C1 and C2."""
     pinpoints = [[b * R, a * R] for a, b in parse_grids(VISUAL.max_grid)]
     process = LlavaOnevisionImageProcessorFast(
-        size={"height": R, "width": R}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        size={"height": R, "width": R},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
         image_grid_pinpoints=pinpoints,
-    )  # fmt: skip
+    )
     whole, found = Image.open(PHOTO).convert("RGB"), []
     for size in SIZES:
         image = whole.resize(size, Image.BICUBIC)
@@ -68,9 +82,14 @@ def main() -> list[Row]:
     return [
         Row("C1 PIL image -> views", geometric_mean(pixels), "x", 2.5),
         Row("C1 the least of ten sizes", min(pixels), "x", 1.2),
-        Row("C2 JPEG bytes -> views", geometric_mean(files), "x", 1.8,
-            note=f"least {min(files):.2f}x"),
-    ]  # fmt: skip
+        Row(
+            "C2 JPEG bytes -> views",
+            geometric_mean(files),
+            "x",
+            1.8,
+            note=f"least {min(files):.2f}x",
+        ),
+    ]
 
 
 if __name__ == "__main__":

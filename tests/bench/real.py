@@ -58,9 +58,11 @@ def step(name: str) -> None:
     need = memory(model.recipe, stage, model, peer.averages([document]), 1, "fp32")
     need = sum(need.values()) / 1e9
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
-    print(f"{name}: {len(document.views)} views, {len(document.ids)} positions, "
-          f"{document.learned} supervised; loss {loss:.2f}; {seconds:.0f} s; "
-          f"peak {peak:.1f} GB, plan {need:.1f} GB")  # fmt: skip
+    print(
+        f"{name}: {len(document.views)} views, {len(document.ids)} positions, "
+        f"{document.learned} supervised; loss {loss:.2f}; {seconds:.0f} s; "
+        f"peak {peak:.1f} GB, plan {need:.1f} GB"
+    )
 
 
 if __name__ == "__main__":

@@ -24,8 +24,16 @@ from nanollava.prompts import Turn  # noqa: E402
 from nanollava.sequence import Document  # noqa: E402
 
 ROOM = 48  # captions are longer; of four images and 32 tokens the prompt takes nearly all the time
-MIXED = [(320, 240), (640, 480), (480, 800), (1024, 768), (900, 300), (1200, 1600), (768, 768),
-         (600, 2000)]  # fmt: skip
+MIXED = [
+    (320, 240),
+    (640, 480),
+    (480, 800),
+    (1024, 768),
+    (900, 300),
+    (1200, 1600),
+    (768, 768),
+    (600, 2000),
+]
 BATCHES = {"mixed sizes": MIXED, "1024 x 768": [(1024, 768)] * 8}
 
 

@@ -54,8 +54,14 @@ def shared() -> set[str]:
 
 def train(folder: Path) -> subprocess.Popen:
     """A run whose second stage does not end."""
-    keys = [f"run={folder}/run", f"data={folder}/data", "stages.stage1_5=null", "reference=''",
-            "stages.stage2.duration=1000000ba", "stages.stage2.save_interval=100"]  # fmt: skip
+    keys = [
+        f"run={folder}/run",
+        f"data={folder}/data",
+        "stages.stage1_5=null",
+        "reference=''",
+        "stages.stage2.duration=1000000ba",
+        "stages.stage2.save_interval=100",
+    ]
     command = [
         str(Path(sys.executable).parent / "composer"),
         str(ROOT / "recipes/nano.yaml"),
@@ -63,9 +69,13 @@ def train(folder: Path) -> subprocess.Popen:
     ]
     with (folder / "train.log").open("w") as log:
         return subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=folder, env={**os.environ, **GIVE_BACK},
+            command,
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            env={**os.environ, **GIVE_BACK},
             start_new_session=True,
-        )  # fmt: skip
+        )
 
 
 def steps(folder: Path) -> int:

@@ -84,10 +84,16 @@ def measure(folder: Path) -> list[Row]:
     for _ in range(ROUNDS):
         for packs in found:
             stage = replace(
-                recipe.stages["stage2"], duration=f"{STEPS}ba", batch_size=4, lr=1e-4,
-                vision_lr=1e-4, save_interval=10**9, warmup=0.0, sources={"mixed": 1.0},
+                recipe.stages["stage2"],
+                duration=f"{STEPS}ba",
+                batch_size=4,
+                lr=1e-4,
+                vision_lr=1e-4,
+                save_interval=10**9,
+                warmup=0.0,
+                sources={"mixed": 1.0},
                 microbatch_tokens=positions if packs == 1 else positions // 4,
-            )  # fmt: skip
+            )
             model.load_state_dict(start)
             plain = bare(model, documents, stage)
             wanted = {k: v.clone() for k, v in model.state_dict().items()}
@@ -105,8 +111,17 @@ def measure(folder: Path) -> list[Row]:
             gaps = [[b - a for a, b in zip(t, t[1:])] for t in (clock.ticks, plain)]
             found[packs].append(1000 * (median(gaps[0]) - median(gaps[1])))
     note = f"{views} views, {positions} positions a batch"
-    return [Row(f"C8 Composer beside a bare loop, a step of {packs} packs", median(extra), " ms",
-                3 + 1.5 * packs, True, note) for packs, extra in found.items()]  # fmt: skip
+    return [
+        Row(
+            f"C8 Composer beside a bare loop, a step of {packs} packs",
+            median(extra),
+            " ms",
+            3 + 1.5 * packs,
+            True,
+            note,
+        )
+        for packs, extra in found.items()
+    ]
 
 
 if __name__ == "__main__":
