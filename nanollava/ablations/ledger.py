@@ -151,7 +151,8 @@ def ledger() -> str:
         "differs from the blog or from its released code, read off the resolved recipe by "
         "`python -m nanollava.ablations.ledger`. **Ours: not run**, in every row: this was built "
         "without a GPU or a download; `evaluate RUN --tasks blog --beside T1:0` scores one. Rows "
-        "that need several GPUs want `composer -n N`; nano results are in the notebooks and in RESULTS.md.",
+        "that need several GPUs want `composer -n N`; nano results are in the notebooks and in "
+        "RESULTS.md.",
         "",
     ]
     lines += [f"- {letter}: {note}." for letter, (note, _) in NOTES.items()]
