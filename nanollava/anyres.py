@@ -12,10 +12,11 @@ Sizes are (width, height) here, and (H, W) only inside tensors.
 import io
 import re
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import isqrt, sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,18 +44,28 @@ GRIDS = {
 }
 
 
+def one_of(*choices: str) -> Any:
+    """A key with these choices, of which the first is the default."""
+    return field(default=choices[0], metadata={"choices": choices})
+
+
+def at_least(least: int) -> Any:
+    """A key that is a number, by default the least one that it may be."""
+    return field(default=least, metadata={"least": least})
+
+
 @dataclass(frozen=True)
 class Visual:
     """How an image becomes visual tokens: the recipe's `visual` keys."""
 
     max_grid: str = "5grids"  # base | 5grids | 7grids | 6x6 (all up to) | 2x2..6x6 | 1x2+2x1
-    lift: int = 0  # resolution lifting: enlarge until the long side is at least lift * R
+    lift: int = at_least(0)  # resolution lifting: enlarge until the long side is lift * R or more
     max_visual_tokens: str = "5T"  # the budget tau: "5T", "(4+1)T", "(4+1)t" or a number
-    budget: str = "per_view"  # per_view (the blog's formula) | mosaic (the released code)
-    pooling: str = "bilinear"  # bilinear | average
-    pool_stride: int = 1  # 2: every view is pooled to t/4, whatever the budget
-    pool_after_projector: bool = True
-    arrange: str = "raster"  # raster (tiles as one picture, a newline per row) | flat
+    budget: str = one_of("per_view", "mosaic")  # the blog's formula | the released code
+    pooling: str = one_of("bilinear", "average")  # how a view's features are made fewer
+    pool_stride: int = at_least(1)  # 2: every view is pooled to t/4, whatever the budget
+    pool_after_projector: bool = True  # false: pool first, as an ablation of the blog does
+    arrange: str = one_of("raster", "flat")  # one picture of tiles, a newline per row | by view
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import signal
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import chdir, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from nanollava.anyres import open_image
 from nanollava.extras import readers
 from nanollava.files import explain_full_disk
 from nanollava.prompts import read_turns
-from nanollava.recipe import ABOUT, Recipe, Stage, used_sources
+from nanollava.recipe import Recipe, Stage, hashed, used_sources
 from nanollava.sequence import Document, Writer
 from nanollava.sources import KINDS, files_here, images_of, records
 
@@ -49,8 +49,7 @@ def shard_folder(recipe: Recipe, name: str) -> Path:
     files that may be large, their names and sizes, and of the hub's, their address alone.
     """
     source = recipe.sources[name]
-    key = {k: v for k, v in asdict(source).items() if k not in ABOUT}
-    digest = hashlib.sha256(json.dumps([key, recipe.seed]).encode())
+    digest = hashlib.sha256(json.dumps([hashed(source), recipe.seed]).encode())
     for file in files_here(source.path):
         small = file.suffix in (".py", ".json")
         digest.update(file.read_bytes() if small else f"{file.name} {file.stat().st_size}".encode())

@@ -1,10 +1,12 @@
 """Recipes: YAML and Python at once, deltas, overrides; what cannot work is refused by name."""
 
+import inspect
 import os
+import re
 import runpy
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,20 @@ import yaml
 
 import nanollava
 from nanollava.anyres import Visual
-from nanollava.recipe import Recipe, differences, read_recipe, with_visual, write_recipe
+from nanollava.recipe import (
+    FIRST_EDITION,
+    Assumed,
+    Recipe,
+    Source,
+    Stage,
+    Task,
+    differences,
+    hashed,
+    read_recipe,
+    run_keys,
+    with_visual,
+    write_recipe,
+)
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = """if __name__ == "__main__": __import__("nanollava").main(__file__); r'''\n"""
@@ -188,14 +203,14 @@ def test_written_and_read_again_is_the_same(file, tmp_path):
         ("seed: one", "Value 'one' of type 'str' could not be converted to Integer"),
         ("stages: {s: {lr: fast}}", "could not be converted to Float"),
         ("fresh: maybe", "not a valid bool"),
-        ("encoder: clip", "encoder: 'clip' is unknown; choose from clip_l_224"),
-        ("connector: tanh", "choose from relu, gelu"),
-        ("template: chatml", "choose from plain, qwen_1_5, vicuna_v1"),
-        ("label_mask: all", "choose from answers, released"),
-        ("precision: fp16", "choose from auto, fp32"),
-        ("visual: {pooling: max}", "choose from bilinear, average"),
-        ("visual: {arrange: rows}", "choose from raster, flat"),
-        ("visual: {budget: none}", "choose from per_view, mosaic"),
+        ("encoder: clip", "encoder: 'clip' is unknown. Choose from clip_l_224"),
+        ("connector: tanh", "Choose from relu, gelu"),
+        ("template: chatml", "Choose from plain, qwen_1_5, vicuna_v1"),
+        ("label_mask: all", "Choose from answers, released"),
+        ("precision: fp16", "Choose from auto, fp32"),
+        ("visual: {pooling: max}", "Choose from bilinear, average"),
+        ("visual: {arrange: rows}", "Choose from raster, flat"),
+        ("visual: {budget: none}", "Choose from per_view, mosaic"),
         ("visual: {max_grid: 3x0}", "'3x0' is no grid"),
         ("visual: {max_visual_tokens: much}", "'much': write '5T'"),
         (
@@ -207,26 +222,26 @@ def test_written_and_read_again_is_the_same(file, tmp_path):
         ("visual: {pool_stride: 0}", "visual.pool_stride: 0; expected 1 or more"),
         (
             "sources: {a: {path: x}}\nstages: {s: {sources: {b: 1}}}",
-            "stages.s.sources: 'b' is none of the recipe's: ['a']",
+            "stages.s.sources: 'b' is not one of the recipe's: ['a']",
         ),
         ("stages: {s: {lr: 1}}", "stages.s has no sources"),
         (
             "sources: {a: {path: x}}\nstages: {s: {sources: {a: 1}, train: llm}}",
-            "stages.s.train: 'llm' is unknown; choose from projector, projector+llm, full",
+            "stages.s.train: 'llm' is unknown. Choose from projector, projector+llm, full",
         ),
         (
             "sources: {a: {path: x}}\nstages: {s: {sources: {a: 1}, template: x}}",
-            "stages.s.template: 'x' is unknown; choose from plain",
+            "stages.s.template: 'x' is unknown. Choose from plain",
         ),
         (
             "tasks: {t: {path: x, metric: bleu}}",
-            "tasks.t.metric: 'bleu' is unknown; choose from anls",
+            "tasks.t.metric: 'bleu' is unknown. Choose from anls",
         ),
         ("settings: {big: {max_grid: huge}}", "'huge' is no grid"),
         ("settings: {big: {max_gird: 3x3}}", "Did you mean: 'max_grid'?"),
         ("settings: {big: {lift: tall}}", "could not be converted to Integer"),
-        ("a: [b", "is no YAML"),
-        ("- seed", "is no mapping"),
+        ("a: [b", "is not valid YAML"),
+        ("- seed", "is not a mapping"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, message):
@@ -245,9 +260,9 @@ def test_the_smallest_budget_that_works_is_accepted(tmp_path):
 
 
 def test_overrides_with_mistakes(file, tmp_path):
-    with pytest.raises(ValueError, match="'seed' is no override: write key=value"):
+    with pytest.raises(ValueError, match="'seed' is not an override. Write key=value"):
         read_recipe(file, ["seed"])
-    with pytest.raises(ValueError, match="stages.stage3 has no sources; .*stage1.*stage3"):
+    with pytest.raises(ValueError, match="stages.stage3 has no sources. .*stage1.*stage3"):
         read_recipe(file, ["stages.stage3.lr=1e-5"])
     with pytest.raises(FileNotFoundError, match="none.yaml is not a file"):
         read_recipe(tmp_path / "none.yaml")
@@ -328,3 +343,44 @@ def test_a_wrong_command_line_is_told_without_a_traceback(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(words)
     assert stopped.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+# ---- digests
+
+
+def test_a_key_that_a_later_edition_adds_changes_no_digest_at_its_default(file, monkeypatch):
+    """Results that were measured before the key existed keep their keys."""
+    old = read_recipe(file)
+    before = run_keys(old), hashed(old.visual), hashed(old.tasks["doc"])
+    for kind in (Recipe, Visual, Stage, Source, Task):
+        names = {f.name for f in fields(kind) if not f.metadata.get("free")}
+        assert set(FIRST_EDITION[kind].split()) <= names
+        later = FIRST_EDITION[kind].split()[-1]  # as if this key had come with a later edition
+        fewer = FIRST_EDITION[kind].replace(later, "").strip()
+        monkeypatch.setitem(FIRST_EDITION, kind, fewer)
+    after = run_keys(old), hashed(old.visual), hashed(old.tasks["doc"])
+    assert "stages.stage1.anyres" in before[0] and "stages.stage1.anyres" not in after[0]
+    assert "arrange" in before[1] and "arrange" not in after[1] and after[1] != before[1]
+    assert "max_new_tokens" in before[2] and "max_new_tokens" not in after[2]
+    changed = read_recipe(file, ["stages.stage1.anyres=false", "visual.arrange=flat"])
+    assert run_keys(changed)["stages.stage1.anyres"] is False, "any other value counts"
+    assert differences(old, changed) == [
+        "stages.stage1.anyres: None -> False",
+        "visual.arrange: None -> flat",
+    ]
+
+
+def test_every_key_that_a_run_depends_on_is_of_an_edition():
+    """FIRST_EDITION lists the keys that always enter digests; a new key does not by itself."""
+    for kind, names in FIRST_EDITION.items():
+        known = {f.name for f in fields(kind)}
+        assert set(names.split()) <= known, kind
+
+
+@pytest.mark.parametrize("kind", [Recipe, Visual, Stage, Source, Task, Assumed])
+def test_every_key_has_its_comment_where_it_is_defined(kind):
+    """One screen shows a part's keys: default, comment, and what they may be."""
+    lines = inspect.getsource(kind).split("@property")[0].splitlines()
+    keys = {line.split(":")[0].strip(): line for line in lines if re.match(r"    \w+: \w", line)}
+    assert keys.keys() == {f.name for f in fields(kind)}
+    assert not [name for name, line in keys.items() if "  # " not in line]
