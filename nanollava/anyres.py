@@ -1,7 +1,7 @@
 """AnyRes: an image -> the best grid of tiles -> one base view and a x b tiles, uint8.
 
-`layout` holds every integer about an image, and data, model, cost and demo all read it there, so
-that they cannot disagree. The blog (Section 2): "For AnyRes with a grid configuration of width a,
+`layout` computes every integer about an image. Data, model, cost and demo all read them there, so
+they cannot disagree. The blog (Section 2): "For AnyRes with a grid configuration of width a,
 height b, and #token T per grid, the total number of visual tokens in is L=(a×b+1)×T." The budget:
 
     T_new = tau / (a b + 1)  if L > tau,  else T
@@ -12,9 +12,10 @@ Sizes are (width, height) here, and (H, W) only inside tensors.
 import io
 import re
 import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
-from math import isqrt, sqrt
+from itertools import product
+from math import inf, isqrt, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
+Size = tuple[int, int]  # (width, height) in pixels
+Grid = tuple[int, int]  # (columns, rows) of tiles
+Crop = tuple[int, int, int, int]  # (top, bottom, left, right) in tokens
+
 MAX_PIXELS = 150_000_000
-# Pixels only: Pillow hands EPS to another program, and some video containers name other files.
+# Only formats that hold pixels: Pillow runs another program to read EPS, and some video containers
+# refer to other files.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-RUN_LENGTHS = (1, 2)  # of BMP, which Pillow decodes in Python, byte by byte
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    ArithmeticError,
-    struct.error,
-    MemoryError,
-    Image.DecompressionBombError,
-)
-GRIDS = {
-    "base": ((0, 0),),  # no tiles: the base view alone, T tokens
-    "5grids": ((2, 2), (1, 2), (1, 3), (2, 1), (3, 1)),  # the blog's baseline
-    "7grids": ((2, 2), (1, 2), (1, 3), (1, 4), (2, 1), (3, 1), (4, 1)),  # Section 2's text
+# What Pillow raises for damaged files.
+UNREADABLE = (OSError, SyntaxError, ValueError, ArithmeticError, struct.error, MemoryError)
+GRIDS = {  # short names for lists
+    "5grids": "2x2+1x2+1x3+2x1+3x1",  # the blog's baseline
+    "7grids": "2x2+1x2+1x3+1x4+2x1+3x1+4x1",  # Section 2's text
 }
+GRID = r"([1-9]\d?)x([1-9]\d?)"  # the pattern of one grid, such as 2x3
 
 
 def one_of(*choices: str) -> Any:
@@ -70,31 +68,35 @@ class Visual:
 
 @dataclass(frozen=True)
 class Layout:
-    """The integers of one image; grid (0, 0) means that the base view stands alone."""
+    """The integers of one image. Grid (0, 0) means that the base view stands alone."""
 
-    size: tuple[int, int]  # W, H of the image, after EXIF rotation
+    size: Size  # of the image, after EXIF rotation
     tile: int  # R, pixels
-    grid: tuple[int, int]  # a columns, b rows
-    fitted: tuple[int, int]  # W, H of the whole image inside the canvas of a R x b R pixels
+    grid: Grid  # a columns, b rows
+    fitted: Size  # of the whole image inside the canvas of a R x b R pixels
     side: int  # tokens along one side of a view after pooling
-    crop: tuple[int, int, int, int]  # top, bottom, left, right: kept part of the tiles' raster
-    raster: tuple[int, int]  # rows, columns of the tiles' tokens as the LLM gets them
-    newlines: int  # one per raster row, or none
-    # How its features become tokens. Part of the layout, so that two images with equal layouts and
-    # views have equal keys and values: generation reuses them on that ground.
-    pooling: str = Visual.pooling
-    pool_after_projector: bool = Visual.pool_after_projector
-    arrange: str = Visual.arrange
+    crop: Crop  # the part of the tiles' raster that is kept
+    raster: tuple[int, int]  # rows, columns of the tiles' tokens as the LLM reads them
+    # How the features become tokens. This is part of the layout, so that equal views and layouts
+    # mean equal keys and values: generation reuses them on that ground.
+    pooling: str
+    pool_after_projector: bool
+    arrange: str
 
     @property
     def views(self) -> int:
         """a b + 1: the tiles and the base view."""
-        return self.grid[0] * self.grid[1] + 1
+        return prod(self.grid) + 1
 
     @property
     def tokens(self) -> int:
-        """L: visual tokens of the base view and the tiles, newlines not counted."""
-        return self.side**2 + self.raster[0] * self.raster[1]
+        """L: visual tokens of the base view and the tiles, without newlines."""
+        return self.side**2 + prod(self.raster)
+
+    @property
+    def newlines(self) -> int:
+        """Learned newlines: one ends each row of the raster; a flat arrangement has no rows."""
+        return 0 if self.arrange == "flat" else self.raster[0]
 
     @property
     def length(self) -> int:
@@ -103,142 +105,185 @@ class Layout:
 
     @property
     def offset(self) -> tuple[int, int]:
-        """Left and top edge of the fitted image in its canvas: it is centred on black."""
+        """Left and top edge of the fitted image, which is centred in its canvas."""
         (a, b), (w, h) = self.grid, self.fitted
         return (a * self.tile - w) // 2, (b * self.tile - h) // 2
 
 
-def parse_grids(text: str) -> tuple[tuple[int, int], ...]:
-    """'5grids', '3x3' (1x1 to 3x3), '2x2..6x6' or '1x2+2x1' -> (columns, rows) pairs."""
-    if text in GRIDS:
-        return GRIDS[text]
-    if re.fullmatch(r"[1-9]\d?x[1-9]\d?(\.\.[1-9]\d?x[1-9]\d?)?", text):
-        first, last = (tuple(map(int, g.split("x"))) for g in f"1x1..{text}".split("..")[-2:])
-        pairs = [(a, b) for a in range(first[0], last[0] + 1) for b in range(first[1], last[1] + 1)]
-        if pairs:
-            return tuple(pairs)
-    if re.fullmatch(r"[1-9]\d?x[1-9]\d?(\+[1-9]\d?x[1-9]\d?)+", text):
-        return tuple(tuple(map(int, g.split("x"))) for g in text.split("+"))
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up, in integers."""
+    return -(-a // b)
+
+
+def parse_grids(text: str) -> tuple[Grid, ...]:
+    """The grids that a `max_grid` allows, in the order in which ties are broken.
+
+    'base' is no tiles at all, '3x3' is all grids from 1x1 to 3x3, '2x2..6x6' a range, '1x2+2x1' a
+    list, and GRIDS has names for lists. Raises ValueError for anything else.
+    """
+    if text == "base":
+        return ((0, 0),)
+    text = GRIDS.get(text, text)
+    if re.fullmatch(rf"{GRID}(\+{GRID})+", text):
+        return tuple((int(a), int(b)) for a, b in re.findall(GRID, text))
+    span = re.fullmatch(rf"(?:{GRID}\.\.)?{GRID}", text)
+    if span:
+        a, b, last_a, last_b = map(int, span.groups("1"))  # 6x6 is 1x1..6x6
+        grids = tuple(product(range(a, last_a + 1), range(b, last_b + 1)))
+        if grids:  # 3x3..2x2 has none
+            return grids
     raise ValueError(
-        f"max_grid {text!r} is no grid: write {', '.join(GRIDS)}, '6x6' (all from 1x1 up to it), "
-        "'2x2..6x6' or a list like '1x2+2x1'"
+        f"max_grid {text!r} is not a grid. Use base, 5grids, 7grids, a size such as 6x6 (all from "
+        "1x1 up to it), a range such as 2x2..6x6, or a list such as 1x2+2x1."
     )
 
 
 def parse_budget(text: str, T: int, t: int = 0) -> int:
-    """tau in tokens: '5T' or '(4+1)T' -> 5 T, '(4+1)t' by the `t` tokens that pool_stride leaves, a
-    plain number as it is; else ValueError.
+    """The budget tau in tokens: '5T' and '(4+1)T' are 5 T, and a number stands for itself.
+
+    A small letter, as in '(4+1)t', counts the `t` tokens that pool_stride leaves of a view. Raises
+    ValueError for any other text.
     """
-    match = re.fullmatch(r"(?:(\d+)|\((\d+)\+1\))([Tt])|(\d+)", text.replace("*", ""))
+    match = re.fullmatch(r"(\d+)|(\d+|\(\d+\+1\))([Tt])", text.replace("*", ""))
     if not match:
-        raise ValueError(f"max_visual_tokens {text!r}: write '5T', '(4+1)T' or a number of tokens")
-    times, tiles, unit, plain = match.groups()
-    views = int(times) if times else int(tiles or 0) + 1
-    return int(plain) if plain else views * (t if unit == "t" and t else T)
+        raise ValueError(f"max_visual_tokens {text!r} is not a budget. Use 5T, (4+1)T or a number.")
+    tokens, views, unit = match.groups()
+    if tokens:
+        return int(tokens)
+    per_view = t if unit == "t" and t else T
+    return per_view * sum(map(int, re.findall(r"\d+", views)))  # 5, or 4 + 1
 
 
-def best_grid(
-    size: tuple[int, int], tile: int, grids: tuple[tuple[int, int], ...]
-) -> tuple[int, int]:
-    """The grid that keeps the most pixels of the image, then the one that wastes the fewest.
+def best_grid(size: Size, tile: int, grids: tuple[Grid, ...]) -> Grid:
+    """The grid that keeps the most pixels of the image and, among those, wastes the fewest.
 
-    The first of equals wins, in integers: the image fits by its width when w H <= h W.
+    An image is shrunk or enlarged to fit the grid's canvas of a R x b R pixels. *Effective* pixels
+    are what it covers there, at most as many as it has; *wasted* pixels are the rest of the canvas.
+    The first of equal grids wins. For an image of 300x100 pixels and tiles of 100:
+
+        grid  canvas   fitted   effective  wasted
+        1x1   100x100  100x33       3,300   6,700
+        2x2   200x200  200x66      13,200  26,800
+        3x1   300x100  300x100     30,000       0   <- the best
+        3x2   300x200  300x100     30,000  30,000
     """
     W, H = size
 
-    def rank(grid: tuple[int, int]) -> tuple[int, int]:
-        w, h = grid[0] * tile, grid[1] * tile
-        inside = (w, H * w // W) if w * H <= h * W else (W * h // H, h)
-        effective = min(inside[0] * inside[1], W * H)
-        return effective, effective - w * h
+    def rank(grid: Grid) -> tuple[int, int]:
+        w, h = (edge * tile for edge in grid)
+        canvas = w * h
+        if w * H < h * W:  # the image is wider than the canvas, so it fits by its width
+            h = H * w // W
+        else:
+            w = W * h // H
+        effective = min(w * h, W * H)
+        wasted = canvas - effective
+        return effective, -wasted
 
     return max(grids, key=rank)
 
 
-def fit(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
-    """The largest (w, h) of the image's shape inside the canvas, short side rounded up."""
-    (W, H), (w, h) = size, canvas
-    return (w, min(-(-H * w // W), h)) if w * H < h * W else (min(-(-W * h // H), w), h)
+def fit(size: Size, canvas: Size) -> Size:
+    """The largest size of the image's shape inside the canvas; its short side is rounded up.
+
+    300x100 fits 200x200 as 200x67, by its width; 100x300 fits it as 67x200, by its height.
+    """
+    W, H = size
+    w, h = canvas
+    if w * H < h * W:  # the image is wider than the canvas
+        return w, ceil_div(H * w, W)
+    return ceil_div(W * h, H), h
 
 
 @lru_cache(maxsize=65536)
-def layout(size: tuple[int, int], visual: Visual, tile: int, side: int) -> Layout:
-    """Plan one image of (W, H) pixels for an encoder with `side`**2 = T tokens per R x R view."""
-    (W, H), t = size, -(-side // visual.pool_stride)  # 27 x 27 -> 14 x 14: as the released code
-    tau = parse_budget(visual.max_visual_tokens, side * side, t * t)
-    long = max(W, H, visual.lift * tile)  # resolution lifting: the blog gives no code for it
-    W, H = -(-W * long // max(size)), -(-H * long // max(size))
-    a, b = grid = best_grid((W, H), tile, parse_grids(visual.max_grid))
+def layout(size: Size, visual: Visual, tile: int, side: int) -> Layout:
+    """Lay out an image for an encoder with `side`**2 = T tokens per R x R view.
+
+    Raises ValueError for a budget that leaves less than one token for each view.
+    """
+    s = ceil_div(side, visual.pool_stride)  # 27 -> 14: the released code rounds up, too
+    tau = parse_budget(visual.max_visual_tokens, side * side, s * s)
+    # Resolution lifting: the blog describes it; there is no released code for it.
+    long = max(*size, visual.lift * tile)
+    lifted = tuple(ceil_div(edge * long, max(size)) for edge in size)
+    a, b = grid = best_grid(lifted, tile, parse_grids(visual.max_grid))
+    fitted = fit(lifted, (a * tile, b * tile))
+    views = a * b + 1
     if visual.budget == "per_view":
-        t = min(t, isqrt(tau // (a * b + 1)))  # so that L <= tau for every grid
-    if t < 1:
+        s = min(s, isqrt(tau // views))  # the largest square with views * s * s <= tau
+    if s < 1:
         raise ValueError(
             f"max_visual_tokens {visual.max_visual_tokens} = {tau} tokens is below one token for "
-            f"each of the {a * b + 1} views of grid {a}x{b}: raise it or lower max_grid"
+            f"each of the {views} views of grid {a}x{b}. Raise it or lower max_grid."
         )
-    fitted = fit((W, H), (a * tile, b * tile)) if a else (0, 0)
-    lay = Layout(
-        size,
-        tile,
-        grid,
-        fitted,
-        t,
-        (0, b * t, 0, a * t),
-        (b * t, a * t),
-        0,
-        visual.pooling,
-        visual.pool_after_projector,
-        visual.arrange,
-    )
+    crop, raster = (0, b * s, 0, a * s), (b * s, a * s)  # all of the tiles' tokens
     if visual.budget == "mosaic" and a:
-        lay = _mosaic(lay, tau - side * side)
-    return lay if visual.arrange == "flat" else replace(lay, newlines=lay.raster[0])
+        crop, raster = mosaic(size, *raster, tau - side * side)  # the base view keeps T
+    pooled_how = visual.pooling, visual.pool_after_projector, visual.arrange
+    return Layout(size, tile, grid, fitted, s, crop, raster, *pooled_how)
 
 
-def _mosaic(lay: Layout, rest: int) -> Layout:
-    """The released code's budget: cut the padding, then shrink the raster if it is over 1.1^2
-    times what the base view leaves of tau, `rest`.
+def mosaic(size: Size, rows: int, columns: int, budget: int) -> tuple[Crop, tuple[int, int]]:
+    """The released code's budget: the part of the tiles' raster that is kept, and its rows and
+    columns after pooling. `budget` is what the base view leaves of tau.
 
-    The two square roots stay in floating point, as in HF LlavaOnevision: a processor and a model
-    that disagree by one row are the most reported bug of this family.
+    First the padding around the image is cut off. What remains is pooled as a whole if it has more
+    than 1.1^2 times `budget` tokens. The ratio stays in floating point, as in HF LlavaOnevision: a
+    processor and a model that disagree by one row are the most reported bug of this family.
     """
-    (W, H), (rows, cols) = lay.size, lay.raster
+    W, H = size
     top = left = 0
-    if W * rows > cols * H:  # wider than the raster: cut above and below
-        top = (rows - H * cols // W) // 2
+    if W * rows > columns * H:  # the image is wider than the raster: padding above and below
+        top = (rows - H * columns // W) // 2
     else:
-        left = (cols - W * rows // H) // 2
-    h, w = rows - 2 * top, cols - 2 * left
-    times = sqrt(h * w / rest) if rest > 0 else 0
-    raster = (int(h // times), int(w // times)) if times > 1.1 else (h, w)
-    if rest <= 0 or (times > 1.1 and 0 in raster):  # a hair-thin image has no row: as in HF
+        left = (columns - W * rows // H) // 2
+    h, w = rows - 2 * top, columns - 2 * left
+    crop = top, top + h, left, left + w
+    ratio = sqrt(h * w / budget) if budget > 0 else inf
+    if ratio <= 1.1:  # a hair-thin image may have no row or column here: as in HF
+        return crop, (h, w)
+    raster = int(h // ratio), int(w // ratio)
+    if 0 in raster:
         raise ValueError(
-            f"max_visual_tokens leaves {rest} tokens for the {h}x{w} raster of an image of {W}x{H} "
-            "pixels beside its base view: a mosaic budget must be at least 2T"
+            f"max_visual_tokens leaves {budget} tokens for the tiles of an image of {W}x{H} "
+            "pixels. Raise it: a mosaic budget must be at least 2T."
         )
-    return replace(lay, crop=(top, rows - top, left, cols - left), raster=raster)
+    return crop, raster
 
 
 def describe(lay: Layout, features: int, glyph: float = 0.0) -> str:
-    """Grid, scale, tokens of an image with T `features` a view, and from what size on its type is
-    legible; `glyph`: the size of its type in pixels, where it is known.
+    """Two lines on one image: its grid, scale and tokens, and the smallest legible type.
 
-    Type as high as one visual token is legible, below half of one it is not (measured on the nano
-    world, whose documents are 0.4, 0.8 and 1.1 tokens high at base, 2x2 and 3x3).
+    `features` is the encoder's T, `glyph` the height of the image's type in pixels where known.
     """
-    (a, b), (W, H), (w, h) = lay.grid, lay.size, lay.fitted if lay.grid[0] else (lay.tile, lay.tile)
-    shrunk = (lay.crop[1] - lay.crop[0]) / lay.raster[0] if a else 1  # by a mosaic budget
-    token = shrunk * lay.tile / lay.side * H / h  # its height in pixels of the image
-    seen = glyph / token
-    word = "legible" if seen >= 1 else "hardly legible" if seen >= 0.5 else "illegible"
-    known = f"type of {glyph:g} pixels is {seen:.1f} visual tokens high: {word}; " if glyph else ""
-    views = f"{lay.views} views" if a else "1 view"
+    (a, b), (W, H) = lay.grid, lay.size
+    views = f"grid {a}x{b} + base view: {lay.views} views" if a else "base view only: 1 view"
+    w, h = lay.fitted if a else (lay.tile, lay.tile)  # a base view is squashed to R x R
+    merged = (lay.crop[1] - lay.crop[0]) / lay.raster[0] if a else 1  # rows pooled into one
+    token = merged * lay.tile / lay.side * H / h  # height of a visual token, in the image's pixels
+    known = ""
+    if glyph:
+        height = glyph / token
+        known = f"type of {glyph:g} pixels is {height:.1f} visual tokens high: {legible(height)}; "
     return (
-        f"saw {W}x{H} pixels as {f'grid {a}x{b} + base view' if a else 'base view only'}: "
-        f"{views} of {lay.tile} pixels (scale {w / W:.2f} x {h / H:.2f}), "
-        f"{lay.views * features} features -> {lay.tokens} visual tokens + {lay.newlines} newlines\n"
+        f"saw {W}x{H} pixels as {views} of {lay.tile} pixels "
+        f"(scale {w / W:.2f} x {h / H:.2f}), {lay.views * features} features "
+        f"-> {lay.tokens} visual tokens + {lay.newlines} newlines\n"
         f"{known}type from {token:.0f} pixels on is legible"
     )
+
+
+def legible(height: float) -> str:
+    """Whether type of a height in visual tokens can be read.
+
+    Measured on the nano world, whose documents are 0.4, 0.8 and 1.1 tokens high at base, 2x2 and
+    3x3.
+    """
+    if height >= 1:
+        return "legible"
+    if height >= 0.5:
+        return "hardly legible"
+    return "illegible"
 
 
 def open_image(data: bytes | str | Path | Image.Image, limit: int = MAX_PIXELS) -> Image.Image:
@@ -247,62 +292,79 @@ def open_image(data: bytes | str | Path | Image.Image, limit: int = MAX_PIXELS) 
     Raises ValueError for what cannot be read, and for more pixels than the limit.
     """
     try:
-        data = io.BytesIO(data) if isinstance(data, bytes) else data
-        image = data if isinstance(data, Image.Image) else Image.open(data, formats=FORMATS)
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        image = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
+        # Only the header has been read so far: refuse before the pixels take memory.
         if image.width * image.height > limit:
             raise ValueError(f"{image.width}x{image.height} pixels, limit {limit:,}")
-        if image.format == "BMP" and image.info["compression"] in RUN_LENGTHS:
-            raise ValueError("a BMP in run lengths is slow to read; save it as PNG")
+        # Pillow decodes BMPs in run lengths, compressions 1 and 2, in Python, byte by byte.
+        if image.format == "BMP" and image.info["compression"] in (1, 2):
+            raise ValueError("a run-length encoded BMP is slow to read. Save it as PNG.")
         image.load()
         return upright_rgb(image)
     except UnidentifiedImageError as error:
         raise ValueError(f"unreadable image: none of {', '.join(FORMATS)}") from error
-    except UNREADABLE as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise ValueError(f"unreadable image: {error}") from error
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB, turned as EXIF says, what is transparent on white (the released code drops
-    alpha, which blackens many drawings); 16-bit and float pixels are scaled to 8 bits.
+    """Any mode -> RGB, rotated as EXIF says. 16-bit and float pixels are scaled to 8 bits.
+
+    Transparent parts become white. The released code drops alpha, which blackens many drawings.
     """
     image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        pixels = np.asarray(image, dtype=np.float32)
-        white = next(w for w in (1, 255, 65535, float(2**32)) if pixels.max() <= w)
-        image = Image.fromarray((pixels * (255 / white)).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith(("F", "I")):
+        pixels = np.asarray(image, np.float32)
+        # White is 1 in most float images, else the largest value of 8, 16 or 32 bits: the smallest
+        # of these that no pixel exceeds.
+        white = [level for level in (1, 255, 65535, 2.0**32) if pixels.max() <= level]
+        if not white:
+            raise ValueError("a pixel is NaN or above 2**32. Save it as an 8-bit PNG.")
+        image = Image.fromarray((pixels * (255 / white[0])).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        white.info = image.info
-        image = Image.alpha_composite(white, image)
+        paper = Image.new("RGBA", image.size, "white")
+        paper.info = image.info  # the result takes its metadata from the paper
+        image = Image.alpha_composite(paper, image)
     return image.convert("RGB")
 
 
-def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(pixels: Tensor, size: Size) -> Tensor:
     """uint8[H, W, 3] -> uint8[3, h, w], bicubic and antialiased, for a (w, h) in pixels.
 
     The input stays channels-last in memory, which is twice as fast here.
     """
-    image = pixels.permute(2, 0, 1)[None]
+    image = pixels.permute(2, 0, 1)[None]  # (1, 3, H, W)
     return F.interpolate(image, size[::-1], mode="bicubic", antialias=True)[0]
+
+
+def fitted_part(canvas: Tensor, lay: Layout) -> Tensor:
+    """What the image covers of its canvas, (3, b R, a R) -> (3, h, w)."""
+    (left, top), (w, h) = lay.offset, lay.fitted
+    return canvas[:, top : top + h, left : left + w]
 
 
 def cut_views(image: Image.Image, lay: Layout) -> Tensor:
     """RGB image -> uint8[N, 3, R, R]: the whole image squashed, then its tiles, row by row."""
-    pixels = torch.from_numpy(np.asarray(image).copy())  # (H, W, 3)
     (a, b), R = lay.grid, lay.tile
-    base = resize(pixels, (R, R))[None]
+    pixels = torch.from_numpy(np.array(image))  # (H, W, 3)
+    base = resize(pixels, (R, R))[None]  # (1, 3, R, R)
     if not a:
         return base
-    (left, top), (w, h) = lay.offset, lay.fitted
     canvas = torch.zeros(3, b * R, a * R, dtype=torch.uint8)  # black, before normalisation
-    canvas[:, top : top + h, left : left + w] = resize(pixels, (w, h))
+    fitted_part(canvas, lay).copy_(resize(pixels, lay.fitted))
     tiles = canvas.unflatten(1, (b, R)).unflatten(3, (a, R))  # (3, b, R, a, R)
-    return torch.cat([base, tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)])
+    tiles = tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)  # (b a, 3, R, R)
+    return torch.cat([base, tiles])
+
+
+def join_tiles(tiles: Tensor, grid: Grid) -> Tensor:
+    """Tiles (b a, C, s, s), row by row -> the picture that they make, (C, b s, a s)."""
+    rows = tiles.unflatten(0, grid[::-1]).permute(2, 0, 3, 1, 4)  # (C, b, s, a, s)
+    return rows.flatten(3).flatten(1, 2)
 
 
 def stitch(views: Tensor, lay: Layout) -> Tensor:
     """The reverse of `cut_views`: uint8[N, 3, R, R] -> the fitted image, uint8[3, h, w]."""
-    (a, b), (left, top), (w, h) = lay.grid, lay.offset, lay.fitted
-    canvas = views[1:].unflatten(0, (b, a)).permute(2, 0, 3, 1, 4)  # (3, b, R, a, R)
-    return canvas.flatten(3).flatten(1, 2)[:, top : top + h, left : left + w]
+    return fitted_part(join_tiles(views[1:], lay.grid), lay)

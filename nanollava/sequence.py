@@ -1,12 +1,12 @@
-"""Sequence: documents -> one packed row, on which nothing is padding.
+"""Sequence: documents -> one packed row, in which nothing is padding.
 
-A document is one sample: its ids with an IMAGE id at every visual position, its labels, its
-views. `pack` lays documents end to end; positions restart at each; hidden state i predicts token
-i + 1 of the same document, and only where that token is learned is the lm_head run at all.
+A document is one sample: its ids with an IMAGE id at every visual position, its labels and its
+views. `pack` lays documents end to end, and positions restart at each. Hidden state i predicts
+token i + 1 of the same document, and the lm_head runs only where that token is supervised.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,13 +17,16 @@ from torch import Tensor
 from nanollava.anyres import Layout, Visual, cut_views, layout
 from nanollava.prompts import IGNORE, IMAGE, Turn, encode
 
+Turns = Sequence[Turn]
+Images = Sequence[Image]
+
 
 @dataclass(frozen=True)
 class Document:
     """One sample, ready to be packed."""
 
     ids: Tensor  # int64[S], IMAGE at visual positions
-    labels: Tensor  # int64[S], IGNORE where not learned
+    labels: Tensor  # int64[S], IGNORE where not supervised
     views: Tensor  # uint8[N, 3, R, R], all images' views one after another
     layouts: tuple[Layout, ...]  # one per image
     source: str = ""
@@ -32,20 +35,27 @@ class Document:
 
     @property
     def learned(self) -> int:
-        """Supervised tokens, counted after the shift."""
+        """Supervised tokens. The first token is not one: nothing predicts it."""
         return int((self.labels[1:] != IGNORE).sum())
 
     @cached_property
     def prefix(self) -> tuple[int, int]:
-        """How many positions there are up to its last visual token, and a hash of all in them."""
-        n = int((self.ids == IMAGE).nonzero()[-1]) + 1 if self.layouts else 0
-        parts = (x.contiguous().numpy().tobytes() for x in (self.ids[:n], self.views))
-        return n, hash((*parts, self.layouts))
+        """The number of positions up to the last visual token, and a hash of their contents.
+
+        Documents with equal prefixes have the same keys and values there, so generation computes
+        them once. 0 positions for a document without images.
+        """
+        visual = (self.ids == IMAGE).nonzero()  # (V, 1)
+        length = int(visual[-1]) + 1 if len(visual) else 0
+        contents = [x.numpy().tobytes() for x in (self.ids[:length], self.views)]
+        return length, hash((*contents, self.layouts))
 
     def suffix(self, n: int) -> "Document":
-        """What follows its first n positions: all of its images are before or after them."""
-        rest = replace(self, ids=self.ids[n:], labels=self.labels[n:])
-        return replace(rest, views=self.views[:0], layouts=()) if n else rest
+        """What follows the first n positions, which hold all of the images or, with n = 0, none."""
+        if not n:
+            return self
+        ids, labels = self.ids[n:], self.labels[n:]
+        return replace(self, ids=ids, labels=labels, views=self.views[:0], layouts=())
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class Pack:
     ids: Tensor  # int64[S], 0 at visual positions
     visual: Tensor  # int64[V], the positions of visual tokens
     positions: Tensor  # int64[1, S], restarting at each document
-    predict: Tensor  # int64[K], hidden states that predict a learned token
+    predict: Tensor  # int64[K], the hidden states that predict a supervised token
     targets: Tensor  # int64[K], those tokens
     owner: Tensor  # int64[K], which document each belongs to
     views: Tensor  # uint8[N, 3, R, R]
@@ -71,26 +81,31 @@ class Pack:
     def to(self, device: torch.device | str) -> "Pack":
         """The same pack with its tensors on a device."""
         moved = {
-            f.name: x.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(x := getattr(self, f.name), Tensor)
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
     def __deepcopy__(self, memo: dict) -> "Pack":
-        """Frozen, so a copy is itself: Composer copies every microbatch (40 ms of tiles a step)."""
+        """The pack itself, which is frozen: Composer copies every microbatch (40 ms a step)."""
         return self
 
 
-def expand(
-    ids: Sequence[int], labels: Sequence[int], layouts: Sequence[Layout]
-) -> tuple[Tensor, Tensor]:
-    """Replace each IMAGE id by as many as its image has positions; int64[S] ids and labels."""
-    assert sum(i == IMAGE for i in ids) == len(layouts), (ids.count(IMAGE), len(layouts))
-    each = iter(layouts)
-    times = torch.tensor([next(each).length if i == IMAGE else 1 for i in ids], dtype=torch.int64)
-    pairs = torch.tensor([ids, labels], dtype=torch.int64).repeat_interleave(times, 1)
-    return pairs[0], pairs[1]
+def silent(tile: int) -> Document:
+    """A document of one position that supervises nothing: it stands for a sample left out."""
+    views = torch.zeros(0, 3, tile, tile, dtype=torch.uint8)
+    return Document(torch.tensor([0]), torch.tensor([IGNORE]), views, layouts=())
+
+
+def expand(ids: list[int], labels: list[int], layouts: Sequence[Layout]) -> Tensor:
+    """Repeat each IMAGE id for every position of its image; returns ids and labels, int64[2, S]."""
+    both = torch.tensor([ids, labels], dtype=torch.int64)  # (2, text tokens and images)
+    images = both[0] == IMAGE
+    assert images.sum() == len(layouts), "one IMAGE id stands for each image"
+    times = torch.ones_like(both[0])
+    times[images] = times.new_tensor([lay.length for lay in layouts])
+    return both.repeat_interleave(times, dim=1)
 
 
 @dataclass(frozen=True)
@@ -105,75 +120,82 @@ class Writer:
     label_mask: str = "answers"
     max_length: int = 32768
 
-    def layouts(self, images: Sequence[Image]) -> tuple[Layout, ...]:
+    def layouts(self, images: Images) -> tuple[Layout, ...]:
         """One image gets AnyRes; several get a base view each, as in the released code."""
-        alone = self.visual if len(images) == 1 else replace(self.visual, max_grid="base")
-        return tuple(layout(image.size, alone, self.tile, self.side) for image in images)
+        visual = replace(self.visual, max_grid="base") if len(images) > 1 else self.visual
+        return tuple(layout(image.size, visual, self.tile, self.side) for image in images)
 
     def plain(
-        self,
-        turns: Sequence[Turn],
-        images: Sequence[Image],
-        name: str = "",
-        source: str = "",
-        answer: bool = False,
+        self, turns: Turns, images: Images, name: str = "", source: str = "", answer: bool = False
     ) -> Document:
-        """A document without its pixels.
+        """A document without its pixels, shortened where it is longer than `max_length`.
 
-        One over `max_length` loses its last words; where image tokens or all that is supervised
-        would go, it is left out: one position that teaches nothing. Its `note` says so. Raises
-        ValueError for a question that does not fit and, unless `answer`, where nothing is learned.
+        Raises ValueError where nothing is supervised, except in a prompt: with `answer`, the
+        document ends where an answer begins, for generation.
         """
-        layouts, most = self.layouts(images), self.max_length
-        words, marks = encode(self.tokenizer, turns, self.template, self.label_mask, answer)
-        ids, labels = expand(words, marks, layouts)
-        none = torch.zeros(0, 3, self.tile, self.tile, dtype=torch.uint8)
-        if not answer and not (labels[1:] != IGNORE).any():
-            raise ValueError(f"sample {name}: no supervised token; an answer is empty or missing")
-        if len(ids) <= most:
-            return Document(ids, labels, none, layouts, source, name)
-        visual, sizes = sum(lay.length for lay in layouts), [lay.size for lay in layouts]
-        told = f"sample {name}: {len(ids)} positions, {visual} of them for images of {sizes} pixels"
-        told += f"; max_length is {most}. Raise it or lower visual.max_visual_tokens"
+        layouts = self.layouts(images)
+        ids, labels = encode(self.tokenizer, turns, self.template, self.label_mask, answer)
+        ids, labels = expand(ids, labels, layouts)  # int64[S] each
+        document = Document(ids, labels, silent(self.tile).views, layouts, source, name)
+        if not answer and not document.learned:
+            raise ValueError(f"sample {name}: no supervised token. Every sample needs an answer.")
+        if len(ids) > self.max_length:
+            return self.shorten(document, answer)
+        return document
+
+    def shorten(self, document: Document, answer: bool) -> Document:
+        """Cut the end off a document that is too long, and say so in its note.
+
+        If the cut would remove visual tokens or all supervised tokens, the sample is left out: one
+        silent position remains. Raises ValueError for a prompt (`answer`), which is never cut.
+        """
+        end = self.max_length
+        visual = sum(lay.length for lay in document.layouts)
+        sizes = [lay.size for lay in document.layouts]
+        message = (
+            f"sample {document.name} has {len(document.ids)} positions ({visual} for images of "
+            f"{sizes} pixels), but max_length is {end}. Raise it or lower visual.max_visual_tokens"
+        )
         if answer:
-            raise ValueError(told)
-        if (labels[1:most] != IGNORE).any() and not (ids[most:] == IMAGE).any():
-            return Document(ids[:most], labels[:most], none, layouts, source, name, f"{told}; cut")
-        zero = torch.zeros(1, dtype=torch.int64)
-        return Document(zero, zero + IGNORE, none, (), source, name, f"{told}; left out")
+            raise ValueError(message)
+        ids, labels = document.ids[:end], document.labels[:end]
+        cut = replace(document, ids=ids, labels=labels, note=f"{message}; the end is cut")
+        if cut.learned and document.prefix[0] <= end:
+            return cut
+        note = f"{message}; the sample is left out"
+        return replace(silent(self.tile), source=document.source, name=document.name, note=note)
 
     def __call__(
-        self,
-        turns: Sequence[Turn],
-        images: Sequence[Image],
-        name: str = "",
-        source: str = "",
-        answer: bool = False,
+        self, turns: Turns, images: Images, name: str = "", source: str = "", answer: bool = False
     ) -> Document:
-        """A document; with `answer` it ends where an answer begins, for generation."""
+        """A document with its pixels; see `plain`."""
         plain = self.plain(turns, images, name, source, answer)
-        views = [cut_views(image, lay) for image, lay in zip(images, plain.layouts, strict=False)]
+        # Not strict: a sample that is left out has no layouts, however many images it has.
+        views = [cut_views(*pair) for pair in zip(images, plain.layouts, strict=False)]
         return replace(plain, views=torch.cat([plain.views, *views]))
 
 
 def pack(documents: Sequence[Document], tile: int) -> Pack:
     """Lay documents end to end; without any, one position that predicts nothing."""
-    zero, nothing = torch.zeros(1, dtype=torch.int64), torch.zeros(0, 3, tile, tile).byte()
-    documents = documents or [Document(zero, zero, nothing, ())]
+    documents = documents or [silent(tile)]
     lengths = [len(d.ids) for d in documents]
-    ids, labels = (torch.cat([getattr(d, key) for d in documents]) for key in ("ids", "labels"))
-    first = torch.tensor([0, *lengths[:-1]]).cumsum(0)  # it has nothing that could predict it
-    learned = (labels.index_fill(0, first, IGNORE) != IGNORE).nonzero()[:, 0]
-    owner = torch.arange(len(documents)).repeat_interleave(torch.tensor(lengths))
+    ids = torch.cat([d.ids for d in documents])  # (S,)
+    labels = torch.cat([d.labels for d in documents])  # (S,)
+    positions = torch.cat([torch.arange(n) for n in lengths])  # (S,)
+    # Nothing predicts a document's first token, at position 0: the hidden state before it belongs
+    # to another document.
+    learned = ((labels != IGNORE) & (positions > 0)).nonzero().flatten()  # (K,)
+    owner = torch.arange(len(documents)).repeat_interleave(torch.tensor(lengths))  # (S,)
+    visual = ids == IMAGE
     return Pack(
-        ids=ids.masked_fill(ids == IMAGE, 0),
-        visual=(ids == IMAGE).nonzero()[:, 0],
-        positions=torch.cat([torch.arange(n) for n in lengths])[None],
+        ids=ids.masked_fill(visual, 0),
+        visual=visual.nonzero().flatten(),
+        positions=positions[None],
         predict=learned - 1,
         targets=labels[learned],
         owner=owner[learned],
         views=torch.cat([d.views for d in documents]),
-        layouts=tuple(lay for d in documents for lay in d.layouts),
+        layouts=sum((d.layouts for d in documents), ()),
         lengths=tuple(lengths),
         sources=tuple(d.source for d in documents),
     )
@@ -181,23 +203,25 @@ def pack(documents: Sequence[Document], tile: int) -> Pack:
 
 def count_tokens(batch: list[Document] | Pack) -> dict[str, int]:
     """Positions and supervised tokens of a batch or of one pack."""
-    rows = [batch] if isinstance(batch, Pack) else batch
-    return {"total": sum(len(r.ids) for r in rows), "loss_generating": sum(r.learned for r in rows)}
+    docs = [batch] if isinstance(batch, Pack) else batch
+    return {"total": sum(len(d.ids) for d in docs), "loss_generating": sum(d.learned for d in docs)}
 
 
 def split(documents: Sequence[Document], budget: int) -> list[list[Document]]:
-    """First-fit decreasing: as few packs of at most `budget` positions as that finds.
+    """First-fit decreasing: as few packs of at most `budget` positions as it finds.
 
-    A document longer than the budget gets a pack of its own.
+    The longest document comes first, and each goes into the first pack that has space for it. A
+    document longer than the budget gets a pack of its own.
     """
     packs: list[list[Document]] = []
-    room: list[int] = []
-    for document in sorted(documents, key=lambda d: -len(d.ids)):
-        n = len(document.ids)
-        i = next((i for i, left in enumerate(room) if n <= left), len(packs))
-        if i == len(packs):
+    space: list[int] = []  # positions left in each pack
+    for document in sorted(documents, key=lambda d: len(d.ids), reverse=True):
+        length = len(document.ids)
+        fits = [i for i, left in enumerate(space) if length <= left]
+        if not fits:
+            fits = [len(packs)]
             packs.append([])
-            room.append(budget)
-        packs[i].append(document)
-        room[i] -= n
+            space.append(budget)
+        packs[fits[0]].append(document)
+        space[fits[0]] -= length
     return packs

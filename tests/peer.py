@@ -126,7 +126,7 @@ def clip(folder: Path, layers: int = 3) -> tuple[EncoderSpec, CLIPVisionModel]:
         patch_size=14,
         hidden_act="quick_gelu",
     )
-    row = EncoderSpec(75, 14, 64, layers - 1, CLIP_MEAN, CLIP_STD, open_clip=name)
+    row = EncoderSpec(75, 14, 64, layers - 1, mean=CLIP_MEAN, std=CLIP_STD, open_clip=name)
     return row, CLIPVisionModel(theirs).eval()
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 import nanollava.anyres
 import nanollava.model
 from nanollava.anyres import Visual, open_image
-from nanollava.encoder import Encoder, Row
+from nanollava.encoder import Encoder, EncoderSpec
 from nanollava.extras.video import open_video
 from nanollava.model import VLM
 from nanollava.prompts import Turn
@@ -121,6 +121,9 @@ def test_16_bit_keeps_its_brightness():
         found = np.asarray(open_image(encoded(image, "PNG" if mode == "I;16" else "TIFF")))
         assert found[0, :, 0].tolist() == [0, 1, 127, 255]
         assert (found[..., 0] == found[..., 2]).all()
+    for value in (np.nan, 1e12):
+        with pytest.raises(ValueError, match="unreadable image: a pixel is NaN or above"):
+            open_image(Image.fromarray(np.full((2, 2), value, np.float32)))
     small = Image.fromarray(np.array([[0, 100, 255]], np.int32))
     found = np.asarray(open_image(encoded(small, "TIFF")))
     assert found[0, :, 0].tolist() == [0, 100, 255], "8-bit values in a wide mode stay"
@@ -203,7 +206,7 @@ def test_damaged_files_raise_only_value_error(kind):
 
 def test_one_step_at_the_real_widths(monkeypatch, tmp_path, tiny_recipe, tokenizer):
     """SO400M's tile and width, Qwen1.5-0.5B's width, few layers: one step lowers the loss."""
-    row = Row(384, 14, 1152, 1)
+    row = EncoderSpec(384, 14, 1152, 1)
     tower = VisionTransformer(384, 14, 1152, 1, 16, mlp_ratio=2.0, output_dim=1)
     tower.prune_intermediate_layers([0], prune_norm=True, prune_head=True)
     monkeypatch.setitem(nanollava.model.ENCODERS, "wide", row)

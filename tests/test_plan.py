@@ -74,7 +74,7 @@ def test_activations_are_those_that_autograd_keeps(train, again):
     model = VLM(recipe).train()
     model.set_trainable(train)
     model.checkpoint_activations(again)
-    model.encoder.plain = False  # the plain kernel keeps the attention matrix, too
+    model.encoder.math_on_cpu = False  # the math kernel keeps the attention matrix, too
     model.encoder.visual.conv1.requires_grad_(False)
     several = stage_documents(model, "stage2", 12)
     packed = pack(several, model.spec.tile)

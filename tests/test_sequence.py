@@ -87,14 +87,15 @@ def test_too_long_names_sample_size_tokens_and_limit(tokenizer):
     less = Writer(tokenizer, visual, 48, 6, "qwen_1_5", max_length=size - 1)
     cut = less(TURNS, [picture(144, 96)], name="page-7", source="a")
     assert len(cut.ids) == len(cut.labels) == size - 1 and len(cut.views) == cut.layouts[0].views
-    assert cut.note.startswith(f"sample page-7: {size} positions") and cut.note.endswith("; cut")
+    assert cut.note.startswith(f"sample page-7 has {size} positions")
+    assert cut.note.endswith("; the end is cut")
     short = Writer(tokenizer, visual, 48, 6, "qwen_1_5", max_length=200)
     message = (
-        rf"sample page-7: {size} positions, 264 of them for images of \[\(144, 96\)\] pixels; "
-        "max_length is 200"
+        rf"sample page-7 has {size} positions \(264 for images of \[\(144, 96\)\] pixels\), "
+        "but max_length is 200"
     )
     out = short(TURNS, [picture(144, 96)], name="page-7", source="a")
-    assert re.match(message + ".*; left out", out.note) and out.source == "a"
+    assert re.match(message + ".*; the sample is left out", out.note) and out.source == "a"
     assert len(out.ids) == 1 and not out.learned and not out.layouts and not len(out.views)
     wordy = [replace(TURNS[0], text=f"{TURNS[0].text} {'tax ' * 500}"), *TURNS[1:]]
     assert short(wordy, [picture(48, 48)]).note.endswith("left out"), "the answer would go"

@@ -239,7 +239,7 @@ def test_plain_commands(tiny, tmp_path):
         (("train", "nowhere.yaml"), "nowhere.yaml is not a file"),
         (("chat", "{run}/checkpoints", "x.png", "what?"), "has no model.safetensors"),
         (("chat", "{run}", "{run}/recipe.yaml", "what?"), "unreadable image"),
-        (("chat", "{run}", "{red}", "what?", "--max-grid", "3by3"), "'3by3' is no grid"),
+        (("chat", "{run}", "{red}", "what?", "--max-grid", "3by3"), "'3by3' is not a grid"),
         (("evaluate", "{run}", "--tasks", "nano-mixd"), "unknown tasks ['nano-mixd']"),
     ],
 )
