@@ -272,8 +272,8 @@ def written(
 
 def measured(assistant: Assistant) -> str:
     """Time and memory of an assistant's last answer."""
-    cache, *_ = assistant.memory
-    held = sum(x.nbytes for layer in cache.buffers.values() for x in layer) if cache else 0
+    buffers = assistant.chat_cache.cache.buffers
+    held = sum(x.nbytes for layer in buffers.values() for x in layer)
     return speed(assistant.seen, held, psutil.Process().memory_info().rss)
 
 

@@ -1,13 +1,15 @@
 """The LLM: a pretrained decoder from transformers, and attention over packed documents.
 
-A row of S positions holds several documents one after another. Attention never crosses from one
-to the next, so a packed row equals as many separate forward passes, and nothing is ever padded.
-`packed_attention` is registered through transformers' public interfaces; on the CPU it runs one
-causal sdpa per document, on CUDA flash-attn's variable-length kernel where that is installed.
+A pack lays several documents end to end on S positions. Attention never crosses from one document
+to the next, so one pass over the pack equals as many separate passes, and nothing is padded.
+transformers calls `packed_attention` in every layer through its public interfaces. On the CPU it
+runs one causal sdpa per document, on CUDA flash-attn's variable-length kernel if it is installed.
+
+    query (1, H, S, d), key and value (1, H_kv, S, d)  ->  attended values (1, S, H, d)
 """
 
 from collections.abc import Sequence
-from functools import cache as cached
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,46 +34,49 @@ LLMS = {
 
 
 class Cache:
-    """Keys and values of several documents, a buffer each, so that generation pads nothing.
+    """The keys and values of several documents, one buffer per layer and document.
 
-    `room[i]` is the length that document i may reach; `used[i]` how much of it is filled.
+    Every buffer has its own size, so that documents of different lengths need no padding.
     """
 
-    def __init__(self, room: Sequence[int]):
-        self.room, self.used = list(room), [0] * len(room)
-        self.buffers: dict[int, list[Tensor]] = {}  # layer -> per document (2, H, room, d)
+    def __init__(self, capacities: Sequence[int]):
+        self.capacities = list(capacities)  # the length that each document may reach
+        self.lengths = [0] * len(capacities)  # how much of it is filled
+        self.buffers: dict[int, list[Tensor]] = {}  # layer -> (2, H_kv, capacity, d) per document
 
-    def extend(self, layer: int, key: Tensor, value: Tensor, lengths: list[int]) -> list[Tensor]:
-        """Append (H, S, d) of packed documents; returns each one's (2, H, length, d) so far."""
-        news = torch.stack([key, value]).split(lengths, 2)  # (2, H, S, d)
+    def extend(self, layer: int, pairs: Tensor, added: list[int]) -> list[Tensor]:
+        """Append keys and values (2, H_kv, S, d), the i-th `added[i]` positions to document i.
+
+        Returns the keys and values of each document so far, (2, H_kv, length, d).
+        """
         if layer not in self.buffers:
-            H, _, d = key.shape
-            self.buffers[layer] = [key.new_empty(2, H, n, d) for n in self.room]
-        out = []
-        for buffer, start, new in zip(self.buffers[layer], self.used, news, strict=True):
-            out.append(buffer[:, :, : start + new.shape[2]])
-            out[-1][:, :, start:] = new
-        return out
+            _, heads, _, d = pairs.shape
+            self.buffers[layer] = [pairs.new_empty(2, heads, n, d) for n in self.capacities]
+        filled = []
+        new = pairs.split(added, 2)  # (2, H_kv, added, d) per document
+        for buffer, start, x in zip(self.buffers[layer], self.lengths, new, strict=True):
+            end = start + x.shape[2]
+            buffer[:, :, start:end] = x
+            filled.append(buffer[:, :, :end])
+        return filled
 
-    def advance(self, lengths: list[int]) -> None:
-        """Call once after a forward pass over all layers."""
-        self.used = [u + n for u, n in zip(self.used, lengths, strict=True)]
+    def advance(self, added: list[int]) -> None:
+        """Count the added positions; call it once per forward pass, after its last layer."""
+        self.lengths = [length + n for length, n in zip(self.lengths, added, strict=True)]
 
-    def fork(self, of: Sequence[int], room: Sequence[int], used: Sequence[int]) -> "Cache":
-        """A cache of other documents: each begins with the first `used` positions of one here."""
-        new, parts = Cache(room), [*zip(of, room, used, strict=True)]
-        new.used = [*used]
-        for layer, old in self.buffers.items():
-            _, H, _, d = old[0].shape
-            new.buffers[layer] = [old[i].new_empty(2, H, most, d) for i, most, _ in parts]
-            for buffer, (i, _, n) in zip(new.buffers[layer], parts, strict=True):
-                buffer[:, :, :n] = old[i][:, :, :n]
-        return new
+    def fork(self, sources: list[int], capacities: list[int], lengths: list[int]) -> "Cache":
+        """A cache whose document i starts with `lengths[i]` positions of document `sources[i]`."""
+        forked = Cache(capacities)
+        for layer, buffers in self.buffers.items():
+            starts = [buffers[i][:, :, :n] for i, n in zip(sources, lengths, strict=True)]
+            forked.extend(layer, torch.cat(starts, dim=2), lengths)
+        forked.advance(lengths)
+        return forked
 
 
-@cached
+@cache
 def flash_varlen():
-    """flash-attn's variable-length kernel, or None: an optional extra, looked for at first use."""
+    """flash-attn's variable-length kernel, or None if that optional package is not installed."""
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
@@ -79,126 +84,149 @@ def flash_varlen():
     return flash_attn_varlen_func
 
 
-def one_document(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Causal attention of one document, (H, q, d) over (H, k, d): the q last of k positions."""
+def one_document(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Causal attention of one document: query (H, q, d) over key and value (H_kv, k, d).
+
+    The queries are the last q of the k positions.
+    """
     q, k = query.shape[1], key.shape[1]
+    groups = query.shape[0] // key.shape[0]
+    if groups > 1:  # grouped-query attention: several heads share a key and a value
+        key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
     mask = None
-    if 1 < q < k:  # new tokens after a cached prefix: the causal triangle ends at the lower right
+    if 1 < q < k:
+        # New tokens after a cached prefix. The causal triangle has to end at the lower right,
+        # whereas sdpa's own starts at the upper left. A single token may look at everything.
         mask = torch.ones(q, k, dtype=torch.bool, device=query.device).tril(k - q)
     return F.scaled_dot_product_attention(
-        query[None], key[None], value[None], attn_mask=mask, is_causal=1 < q == k, scale=scale
+        query[None], key[None], value[None], attn_mask=mask, is_causal=1 < q == k, scale=scaling
     )[0]
 
 
-def packed_flash(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float):
-    """`packed_attention` by flash-attn; rotary embedding has made query and key float32."""
-    ends = torch.tensor([0, *lengths], device=query.device).cumsum(0, dtype=torch.int32)
-    rows = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (S, H, d)
-    most = max(lengths)
-    return flash_varlen()(*rows, ends, ends, most, most, softmax_scale=scaling, causal=True)[None]
+def packed_flash(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None
+) -> Tensor:
+    """`packed_attention` by flash-attn, which takes all documents of a pack in one call."""
+    boundaries = torch.tensor([0, *lengths], device=query.device).cumsum(0, dtype=torch.int32)
+    longest = max(lengths)
+    # Rotary embedding has made query and key float32; the kernel needs the values' 16 bits.
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (S, H, d)
+    return flash_varlen()(
+        q, k, v, boundaries, boundaries, longest, longest, softmax_scale=scaling, causal=True
+    )[None]
 
 
 def packed_attention(
     module: nn.Module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    documents=None,
-    packed_cache=None,
-    packed_watch=None,
-    **_,
-):
-    """query (1, H, S, d), key and value (1, H_kv, S, d) -> (1, S, H, d), None.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    documents: list[int] | None = None,
+    packed_cache: Cache | None = None,
+    packed_watch: list[tuple[Tensor, Tensor]] | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """query (1, H, S, d), key and value (1, H_kv, S, d) -> attended values (1, S, H, d), None.
 
-    `documents`: the lengths of the packed documents, which add up to S; `packed_cache`: their
-    `Cache`, if any; `packed_watch`: a list that is to get each layer's query and key. transformers
-    hands over keywords of its own beside these (5.24: its own `cache`), so ours have a prefix.
+    `documents` holds the lengths of the packed documents, which add up to S. `packed_cache` holds
+    what comes before them. `packed_watch` collects the query and key of every layer. The prefix
+    keeps our keywords apart from those of transformers (5.24 passes a `cache` of its own).
     """
     if packed_watch is not None:
         packed_watch.append((query, key))
-    groups = query.shape[1] // key.shape[1]
     lengths = documents or [query.shape[2]]
-    if query.is_cuda and packed_cache is None and value.dtype.itemsize == 2 and flash_varlen():
+    half = query.is_cuda and value.dtype.itemsize == 2
+    if half and packed_cache is None and flash_varlen():
         return packed_flash(query, key, value, lengths, scaling), None
     dtype = query.dtype
     if not query.is_cuda:  # the CPU's float32 kernel is faster than its bf16 one: 5x at 45 tokens
         query, key, value = query.float(), key.float(), value.float()
     if packed_cache is not None:
-        pairs = packed_cache.extend(module.layer_idx, key[0], value[0], lengths)
+        new = torch.stack([key[0], value[0]])  # (2, H_kv, S, d)
+        pairs = packed_cache.extend(module.layer_idx, new, lengths)
     else:
-        pairs = list(zip(key[0].split(lengths, 1), value[0].split(lengths, 1), strict=True))
-    with torch.autocast("cpu", enabled=False):  # it would make them bf16 again
-        out = [
-            one_document(
-                q, *(x.repeat_interleave(groups, 0) if groups > 1 else x for x in kv), scaling
-            )
-            for q, kv in zip(query[0].split(lengths, 1), pairs, strict=True)
-        ]
-    return torch.cat(out, dim=1).transpose(0, 1)[None].to(dtype), None
+        pairs = zip(key[0].split(lengths, 1), value[0].split(lengths, 1), strict=True)
+    # One sdpa call per document: a single call over the pack would need an S x S mask, and would
+    # compute the scores between documents only to throw them away.
+    outputs = []
+    with torch.autocast("cpu", enabled=False):  # autocast would convert them to bf16 again
+        for q, (k, v) in zip(query[0].split(lengths, 1), pairs, strict=True):
+            outputs.append(one_document(q, k, v, scaling))  # (H, q, d)
+    return torch.cat(outputs, dim=1).transpose(0, 1)[None].to(dtype), None
 
 
 transformers.AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)  # documents need no mask
+# The lengths of the documents say everything that a mask would say, so transformers builds none.
+AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
 
 
-def _local(name: str) -> None:
-    """A folder that should be there must be: a hub id has no leading dot or slash."""
-    if name.startswith((".", "/", "~")) and not (Path(name) / "config.json").is_file():
-        raise FileNotFoundError(f"llm: {name} has no config.json; give a whole folder or a hub id")
+def check_folder(name: str) -> None:
+    """Raise FileNotFoundError for a local path without a config.json; hub ids pass."""
+    local = name.startswith((".", "/", "~"))
+    if local and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"llm: {name} has no config.json; expected a model's folder. "
+            "Fix the path, or give a hub id."
+        )
 
 
-def load_tokenizer(name: str):
-    """The fast tokenizer of a hub id or folder (offsets are what the label mask is built from).
+def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
+    """The fast tokenizer of a hub id or folder; the label mask is built from its offsets.
 
-    A folder's tokenizer.json is taken as it is: transformers 5 would replace the way it cuts words
-    by that of config.json's model type.
+    Raises ValueError for a damaged tokenizer.json.
     """
-    _local(name)
+    check_folder(name)
     own = (Path(name) / "tokenizer.json").is_file()
-    kind = transformers.PreTrainedTokenizerFast if own else transformers.AutoTokenizer
+    # A folder's own file is read as it is: for some model types AutoTokenizer in transformers 5
+    # would replace the rules that cut text into words.
+    loader = transformers.PreTrainedTokenizerFast if own else transformers.AutoTokenizer
     try:
-        return kind.from_pretrained(name)
+        return loader.from_pretrained(name)
     except Exception as error:
-        if type(error) is not Exception:  # which tokenizers raises for a damaged file
+        if type(error) is not Exception:  # tokenizers raises a bare Exception for a damaged file
             raise
-        raise ValueError(f"{name}: damaged tokenizer.json: {error}") from error
+        raise ValueError(f"{name}: damaged tokenizer.json: {error}. Copy it again.") from error
 
 
 def config_of(name: str, random: bool = False) -> transformers.PretrainedConfig:
     """An LLM's config; for `random` weights the blog's LLMs need no network."""
-    _local(name)
-    if random and name in LLMS:
-        width, blocks, heads, kv_heads, ffn, words = LLMS[name]
-        qwen = name.startswith("Qwen")
-        kind, theta, length = ("qwen2", 1e6, 32768) if qwen else ("llama", 1e4, 4096)
-        return transformers.AutoConfig.for_model(
-            kind,
-            hidden_size=width,
-            num_hidden_layers=blocks,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            intermediate_size=ffn,
-            vocab_size=words,
-            max_position_embeddings=length,
-            rope_theta=5e6 if "-4B-" in name else theta,
-            rms_norm_eps=1e-6 if qwen else 1e-5,
-            tie_word_embeddings="-0.5B-" in name,
-        )
-    return transformers.AutoConfig.from_pretrained(name)
+    check_folder(name)
+    if name not in LLMS or not random:
+        return transformers.AutoConfig.from_pretrained(name)
+    width, blocks, heads, kv_heads, mlp_width, vocabulary = LLMS[name]
+    qwen = name.startswith("Qwen")
+    theta = 5e6 if "-4B-" in name else 1e6
+    return transformers.AutoConfig.for_model(
+        "qwen2" if qwen else "llama",
+        hidden_size=width,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=mlp_width,
+        vocab_size=vocabulary,
+        max_position_embeddings=32768 if qwen else 4096,
+        rope_theta=theta if qwen else 1e4,
+        rms_norm_eps=1e-6 if qwen else 1e-5,
+        tie_word_embeddings="-0.5B-" in name,
+    )
 
 
-def load_llm(name: str, weights: str = "published"):
-    """A float32 causal LM with packed attention: `published` weights, or `random` ones.
+def load_llm(name: str, weights: str = "published") -> transformers.PreTrainedModel:
+    """A float32 causal LM with packed attention, with `published` or `random` weights.
 
-    Safetensors where there are any; else transformers reads the publisher's .bin, weights only.
+    transformers reads safetensors where there are any, else the publisher's .bin, weights only.
+    Raises ValueError for published weights of a model that is not an LLM alone.
     """
-    whole, kind = config_of(name, weights == "random"), transformers.AutoModelForCausalLM
-    config = whole.get_text_config()  # its own object: the attention is set in it
-    keys = {"config": config, "attn_implementation": "packed"}
+    config = config_of(name, random=weights == "random")
+    llm_config = config.get_text_config()  # the LLM's part, if this is a vision-language model
+    keys = {"config": llm_config, "attn_implementation": "packed"}
     if weights == "random":
-        return kind.from_config(**keys).float()
-    if config is not whole:  # its weights have other names: the LLM would stay random
-        raise ValueError(f"llm: {name} is a {whole.model_type}, not an LLM alone; give an LLM")
-    return kind.from_pretrained(name, **keys, dtype=torch.float32)
+        return transformers.AutoModelForCausalLM.from_config(**keys).float()
+    if llm_config is not config:
+        # Its tensors have other names, so transformers would leave the LLM's weights random.
+        raise ValueError(
+            f"llm: {name} is a {config.model_type}, not an LLM alone. Give the LLM in it."
+        )
+    return transformers.AutoModelForCausalLM.from_pretrained(name, **keys, dtype=torch.float32)

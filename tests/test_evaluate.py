@@ -123,7 +123,8 @@ def test_questions_on_the_same_images_read_them_once(monkeypatch):
     items = [*zip(turns, images, strict=True)]
     found = answer_all(assistant, writer, items, 7, "alone")
     assert [(a.text, a.cut) for a in found] == together and sorted(shown) == [1, 1, 2]
-    assert assistant.heads == ({}, None), "nothing is kept"
+    kept = assistant.batch_cache
+    assert kept.ids == kept.cache.buffers == {}, "nothing is kept"
     plain = writer([Turn("user", "no image", 0)], [], answer=True)
     mixed = assistant.answer([documents[0], documents[2], plain], 7)
     assert mixed[:2] == [together[0], together[2]] and mixed[2] == assistant.answer([plain], 7)[0]

@@ -433,12 +433,15 @@ def test_a_tokenizer_without_a_known_chat_format_is_named(copied):
 @pytest.mark.parametrize(
     "damage,told",
     [
-        (lambda s, n: s.pop(n), "missing .*'encoder.visual.trunk.blocks.1.mlp.fc1.bias'"),
+        (
+            lambda s, n: s.pop(n),
+            r"has \[\], but .* needs .*'encoder.visual.trunk.blocks.1.mlp.fc1.bias', \(179,\)",
+        ),
         (
             lambda s, n: s.update({n: s[n][1:]}),
-            r"blocks.1.mlp.fc1.bias is \(178,\).* needs \(179,\)",
+            r"has .*blocks.1.mlp.fc1.bias', \(178,\).* needs .*fc1.bias', \(179,\)",
         ),
-        (lambda s, n: s.update(odd=s[n].clone()), "not of this model .*'odd'"),
+        (lambda s, n: s.update(odd=s[n].clone()), r"has \[\('odd', \(179,\)\)\], .* needs \[\]"),
     ],
 )
 def test_missing_and_misshapen_tensors_are_named(damage, told, copied):
@@ -459,7 +462,7 @@ def test_half_a_file_and_no_file_are_told(copied):
     with pytest.raises(FileNotFoundError, match="model.safetensors"):
         load(copied.folder)
     (copied.folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="has no model.safetensors: train first"):
+    with pytest.raises(FileNotFoundError, match="has no model.safetensors, .* Train first"):
         load(copied.folder)
 
 

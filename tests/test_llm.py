@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, modeling_utils
 
 from nanollava.checkpoint import to_bf16
@@ -15,6 +16,7 @@ from nanollava.llm import LLMS, config_of, load_llm, load_tokenizer
 from nanollava.model import VLM
 from nanollava.prompts import Turn, encode
 from nanollava.recipe import Recipe
+from nanollava.sequence import pack
 
 # Parameters of the published checkpoints.
 SIZES = {
@@ -164,3 +166,16 @@ def test_a_cache_of_transformers_does_not_reach_our_attention(tiny_model):
         alone = model(**keys).last_hidden_state
         beside = model(**keys, cache=object(), watch=object()).last_hidden_state
     assert torch.equal(alone, beside)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("images", [[], [Image.new("RGB", (48, 48))]], ids=["text", "base view"])
+def test_a_pack_without_tiles_has_a_gradient_for_every_parameter(tiny_recipe, images):
+    """Otherwise DDP waits for it. It is zero where the loss does not depend on the parameter."""
+    model = VLM(replace(tiny_recipe, visual=replace(tiny_recipe.visual, max_grid="base")))
+    turns = [Turn("user", "<image>\n" * len(images) + "what?", len(images))]
+    model(pack([model.writer()([*turns, Turn("assistant", "12")], images)], 48)).mean().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert not [name for name, grad in grads.items() if grad is None]
+    assert not grads["newline"].any() and grads["llm.model.norm.weight"].any()
+    assert any(g.any() for n, g in grads.items() if n.startswith("encoder")) == bool(images)

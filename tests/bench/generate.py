@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import peer  # noqa: E402
 from contest import Row, race, ratio, told  # noqa: E402
 
-from nanollava.generate import Assistant  # noqa: E402
+from nanollava.generate import Assistant, Seen  # noqa: E402
 from nanollava.prompts import Turn  # noqa: E402
 
 LONG = 65
@@ -54,11 +54,11 @@ def main() -> list[Row]:
     each = {name: 1000 * min(times) / (LONG - 1) for name, times in decode.items()}
 
     assistant.chat(image, "what is it?", max_new_tokens=1)
-    kept = assistant.memory
+    kept = assistant.chat_cache
 
     def reused() -> list[int]:
-        assistant.memory = kept
-        list(assistant._speak(second, (0.0,), 1))
+        assistant.chat_cache = kept
+        list(assistant._speak(Seen(second, model.spec.side**2, (0.0,)), 1))
         return assistant.seen.written
 
     warm = race(

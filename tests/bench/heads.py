@@ -15,7 +15,7 @@ from contest import Row, race, ratio, told  # noqa: E402
 
 from nanollava.anyres import Visual  # noqa: E402
 from nanollava.evaluate import answer_all  # noqa: E402
-from nanollava.generate import Assistant, load  # noqa: E402
+from nanollava.generate import EMPTY, Assistant, load  # noqa: E402
 from nanollava.prompts import Turn  # noqa: E402
 from nanollava.sources import import_file  # noqa: E402
 
@@ -32,13 +32,13 @@ def main() -> list[Row]:
         for word in WORDS
     ]
     writer = assistant.model.writer(Visual(max_grid="3x3", max_visual_tokens="10T"))
-    shared = Assistant._read_heads
+    shared = Assistant.prefill_shared_prefixes
 
     def answers(way: Callable) -> list:
-        Assistant._read_heads = way
+        Assistant.prefill_shared_prefixes = way
         return answer_all(assistant, writer, items, 16, "questions")
 
-    ways = {"alone": lambda: answers(lambda *_: None), "shared": lambda: answers(shared)}
+    ways = {"alone": lambda: answers(lambda *_: EMPTY), "shared": lambda: answers(shared)}
     found = race(ways, rounds=3)
     what = f"{len(items)} questions, {len(WORDS)} a page, that read it once"
     return [Row(what, ratio(found, "alone", "shared"), note=told(found))]
