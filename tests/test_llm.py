@@ -160,6 +160,7 @@ def test_a_cache_of_transformers_does_not_reach_our_attention(tiny_model):
         "inputs_embeds": torch.randn(1, 5, model.config.hidden_size),
         "position_ids": torch.tensor([[0, 1, 2, 0, 1]]),
         "documents": [3, 2],
+        "attention_mask": torch.ones(1, 1, 1, 1),  # as VLM.read: transformers makes none
         "use_cache": False,
     }
     with torch.no_grad():
