@@ -1,5 +1,6 @@
 """The blog's LLMs: sizes without a network, and folders of exactly the published forms."""
 
+import inspect
 import json
 import os
 import pickle
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, modeling_ut
 
 from nanollava.checkpoint import to_bf16
 from nanollava.encoder import ENCODERS
-from nanollava.llm import LLMS, config_of, load_llm, load_tokenizer
+from nanollava.llm import LLMS, config_of, load_llm, load_tokenizer, packed_attention
 from nanollava.model import VLM
 from nanollava.prompts import Turn, encode
 from nanollava.recipe import Recipe
@@ -153,20 +154,14 @@ def test_rotary_tables_stay_float32_when_weights_are_cast(tmp_path, kind):
 
 
 @pytest.mark.parity
-def test_a_cache_of_transformers_does_not_reach_our_attention(tiny_model):
-    """transformers 5.24 hands every attention a `cache` of its own."""
-    model = tiny_model.llm.model
-    keys = {
-        "inputs_embeds": torch.randn(1, 5, model.config.hidden_size),
-        "position_ids": torch.tensor([[0, 1, 2, 0, 1]]),
-        "documents": [3, 2],
-        "attention_mask": torch.ones(1, 1, 1, 1),  # as VLM.read: transformers makes none
-        "use_cache": False,
-    }
-    with torch.no_grad():
-        alone = model(**keys).last_hidden_state
-        beside = model(**keys, cache=object(), watch=object()).last_hidden_state
-    assert torch.equal(alone, beside)
+def test_our_attentions_keywords_are_not_transformers_own(tiny_model):
+    """Ours pass through its decoder as unknown keywords. In 5.24 it took `cache` for its own."""
+    ours = {"documents", "packed_cache", "packed_watch"}
+    assert ours <= inspect.signature(packed_attention).parameters.keys()
+    decoder = tiny_model.llm.model
+    for module in (tiny_model.llm, decoder, decoder.layers[0], decoder.layers[0].self_attn):
+        theirs = inspect.signature(type(module).forward).parameters
+        assert not ours & theirs.keys(), type(module)
 
 
 @pytest.mark.parity
