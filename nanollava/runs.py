@@ -1,18 +1,16 @@
-"""A run folder: recipe.yaml, environment.json, losses.csv, results.jsonl, and the weights.
+"""A run folder: recipe.yaml, environment.json, losses.csv, notes.txt, results.jsonl, the weights.
 
-The same recipe again continues what it finds there; another recipe is refused.
+The same recipe again resumes the run that it finds there. Another recipe is rejected.
 """
 
 import csv
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from math import isfinite
 from pathlib import Path
 from pickle import UnpicklingError
 from unittest.mock import patch
@@ -28,22 +26,25 @@ from nanollava.extras.environment import environment
 from nanollava.files import write_atomically
 from nanollava.recipe import Recipe, Stage, differences, read_recipe, write_recipe
 
-BEFORE = 20  # steps that a jump is seen against
-# A jump is both: so many deviations above their mean, and so many times it.
-DEVIATIONS, TIMES = 4, 1.2
 COLUMNS = ("stage", "step", "source", "loss", "tokens", "lr", "seconds")
+SMOOTHING = 10  # steps whose mean loss is shown and compared: single batches differ too much
+# A loss jumps if it exceeds both bounds over the steps before it: four standard deviations above
+# their mean, and 1.2 times their mean.
+JUMP_WINDOW = 20  # steps
+JUMP_DEVIATIONS = 4
+JUMP_RATIO = 1.2
 
 
 def check_run(recipe: Recipe) -> None:
-    """Raises ValueError, with the differing keys, for a folder with a run of another recipe."""
+    """Raise ValueError, with the differing keys, if the folder holds a run of another recipe."""
     if recipe.reference and not Path(recipe.reference).is_file():
-        raise FileNotFoundError(f"reference: {recipe.reference} is not a file")
-    file = Path(recipe.run) / "recipe.yaml"
-    begun = file.exists() and (file.parent / "losses.csv").exists()
-    changed = differences(read_recipe(file), recipe) if begun else []
-    if changed and not recipe.fresh:
-        told = "\n  ".join([f"{recipe.run} holds a run of another recipe:", *changed])
-        raise ValueError(f"{told}\nGive another folder (run=...), or fresh=true to delete it")
+        raise FileNotFoundError(f"reference: {recipe.reference} is not a file. Correct its path")
+    run = Path(recipe.run)
+    started = (run / "recipe.yaml").exists() and (run / "losses.csv").exists()
+    changes = differences(read_recipe(run / "recipe.yaml"), recipe) if started else []
+    if changes and not recipe.fresh:
+        lines = "\n  ".join([f"{run} holds a run of another recipe:", *changes])
+        raise ValueError(f"{lines}\nChoose another folder (run=...), or delete it with fresh=true")
 
 
 def open_run(recipe: Recipe, processes: int) -> None:
@@ -51,45 +52,50 @@ def open_run(recipe: Recipe, processes: int) -> None:
     run = Path(recipe.run)
     if recipe.fresh and run.exists():
         if any(run.iterdir()) and not (run / "recipe.yaml").exists():
-            raise ValueError(f"fresh=true would delete {run}, no run folder: remove it first")
+            raise ValueError(
+                f"refusing to delete {run}: it is not a run folder. Choose another folder (run=...)"
+            )
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
     write_recipe(replace(recipe, fresh=False), run / "recipe.yaml")
-    file = run / "environment.json"  # one entry for each start
+    # environment.json has one entry for each start, because a run can resume on another machine.
+    file = run / "environment.json"
     starts = json.loads(file.read_text()) if file.exists() else []
     if starts and starts[-1]["processes"] != processes:
-        print(f"{run} goes on in the same order, now with {processes} processes")
+        print(f"{run} resumes with {processes} processes, and its samples keep their order")
     starts.append(environment(recipe, processes))
     with write_atomically(file) as half:
         half.write_text(json.dumps(starts, indent=1))
 
 
 def read_losses(run: str | Path) -> list[dict[str, str]]:
-    """The whole rows of losses.csv: one per step and source, and one per step for "all"."""
+    """The rows of losses.csv: one per step and source, and one per step for "all".
+
+    A killed process or a full disk can leave half a line at the end, which is left out.
+    """
     file = Path(run) / "losses.csv"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 
-def keep_losses(run: str | Path, stage: str, step: int) -> None:
-    """Forget what a stage logged after `step`: a resumed run does those steps again."""
-    rows = [r for r in read_losses(run) if r["stage"] != stage or int(r["step"]) <= step]
-    with write_atomically(Path(run) / "losses.csv") as half, half.open("w", newline="") as file:
+def rewind_losses(run: Path, stage: str, step: int) -> None:
+    """Drop what a stage logged after `step`, because a resumed run repeats those steps."""
+    rows = [row for row in read_losses(run) if row["stage"] != stage or int(row["step"]) <= step]
+    with write_atomically(run / "losses.csv") as half, half.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
 
 
-def add_losses(run: str | Path, rows: Iterable[tuple]) -> None:
-    """Append rows of COLUMNS."""
-    with (Path(run) / "losses.csv").open("a", newline="") as file:
+def add_losses(run: Path, stage: str, step: int, losses: list, lr: float, seconds: float) -> None:
+    """Append a step to losses.csv; `losses` are (source, mean loss, supervised tokens)."""
+    rows = [(stage, step, s, f"{x:.6f}", n, f"{lr:.3g}", f"{seconds:.2f}") for s, x, n in losses]
+    with (run / "losses.csv").open("a", newline="") as file:
         csv.writer(file).writerows(rows)
 
 
 def log_notes(run: Path, stage: str, notes: Sequence[str]) -> None:
-    """What is odd about a batch, such as samples that were cut: all in notes.txt, the first on
-    screen.
-    """
+    """Append what is unusual about a batch, such as cut samples, to notes.txt; print the first."""
     if notes:
         with (run / "notes.txt").open("a") as file:
             file.writelines(f"{stage}: {note}\n" for note in notes)
@@ -99,13 +105,13 @@ def log_notes(run: Path, stage: str, notes: Sequence[str]) -> None:
 def steps_of(stage: Stage, batches: int) -> int:
     """Optimizer steps of a stage whose loader has `batches` in an epoch."""
     if not batches:
-        raise ValueError(f"the sources hold fewer samples than batch_size {stage.batch_size}")
-    times, unit = int(stage.duration[:-2]), stage.duration[-2:]
-    return times * batches if unit == "ep" else times
+        raise ValueError(f"batch_size {stage.batch_size} exceeds the number of samples. Lower it")
+    amount = int(stage.duration[:-2])
+    return amount * batches if stage.duration.endswith("ep") else amount
 
 
-def checkpointing(name: str, run: Path, due: Callable) -> dict:
-    """Composer's settings: one checkpoint a stage, found again by the stage's name.
+def checkpointing(name: str, run: Path, due: Callable[..., bool]) -> dict:
+    """Composer's settings: keep one checkpoint per stage, and find it again by the stage's name.
 
     Composer's own autoresume deletes a signal file once per node, which fails where nodes share
     the run folder, as they must here.
@@ -125,19 +131,22 @@ def checkpointing(name: str, run: Path, due: Callable) -> dict:
 
 @contextmanager
 def weights_only(run: Path) -> Iterator[None]:
-    """A checkpoint of Composer's that is loaded meanwhile is data: it can run nothing."""
-    array = np.zeros(0, np.uint32)  # the state of numpy's generator is one
-    arrays = (np.ndarray, np.dtype, type(array.dtype), array.__reduce__()[0])
-    forced = patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1")  # whatever Composer asks for
+    """Load Composer's checkpoints as data: a pickle that would call a function is rejected."""
+    state = np.zeros(0, np.uint32)  # a checkpoint holds the state of numpy's generator, an array
+    array_types = (np.ndarray, np.dtype, type(state.dtype), state.__reduce__()[0])
+    # Composer asks torch.load for weights_only=False. The environment variable has the last word.
+    forced = patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1")
     try:
-        with forced, safe_globals([timedelta, TorchVersion, *arrays]):
+        with forced, safe_globals([timedelta, TorchVersion, *array_types]):
             yield
     except UnpicklingError as error:
-        raise ValueError(f"{run}/checkpoints: no run wrote these: delete that folder") from error
+        raise ValueError(f"{run}/checkpoints holds what no run writes. Delete it") from error
 
 
 def gradient_scale() -> float:
-    """The mean of ones over all processes as FSDP2 asks for it: gloo gives the sum (torch 2.7)."""
+    """How many times too large FSDP2's gradients arrive: it asks for the mean over all processes,
+    for which gloo returns the sum (torch 2.7).
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ones = torch.ones(dist.get_world_size(), device=device)
     mean = ones[:1].clone()
@@ -145,57 +154,39 @@ def gradient_scale() -> float:
     return float(mean)
 
 
-def finish(run: Path, last: Path) -> None:
-    """The last stage's files into the run folder, the weights last: then the run is whole."""
-    for file in sorted(last.iterdir(), key=lambda f: f.suffix == ".safetensors"):
+def finish(run: Path, last_stage: Path) -> None:
+    """Copy the last stage's files into the run folder, the weights last: they mark it complete."""
+    for file in sorted(last_stage.iterdir(), key=lambda file: file.suffix == ".safetensors"):
         with write_atomically(run / file.name) as half:
             shutil.copy(file, half)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
 
-class LossBand:
-    """A stage's losses as they come.
+def expected_losses(reference: str, stage: str, steps: int) -> dict[int, str]:
+    """{step: " (expected 0.28-0.33)"}, the range of several reference runs at each step.
 
-    The band lies between the lowest and the highest of reference runs, all of them means of the
-    last ten steps: single batches differ too much. It is told only where the reference has as many
-    steps, since another schedule has other losses.
+    It is empty if they had another number of steps: another schedule has other losses.
     """
+    lines = Path(reference).read_text().splitlines() if reference else []
+    rows = [row for row in csv.DictReader(lines) if row["stage"] == stage]
+    if len(rows) != steps:
+        return {}
+    return {int(row["step"]): f" (expected {row['low']}-{row['high']})" for row in rows}
 
-    def __init__(self, reference: str, stage: str, steps: int):
-        lines = Path(reference).read_text().splitlines() if reference else []
-        rows = [row for row in csv.DictReader(lines) if row["stage"] == stage]
-        self.last: deque[float] = deque(maxlen=10)
-        self.before: deque[float] = deque(maxlen=BEFORE)
-        rows = rows if len(rows) == steps else []
-        self.band = {int(r["step"]): f" (expected {r['low']}-{r['high']})" for r in rows}
 
-    def tell(self, step: int, loss: float) -> str:
-        """A postfix for a progress bar: "loss 0.312 (expected 0.28-0.33)"."""
-        self.last.append(loss)
-        return f"loss {sum(self.last) / len(self.last):.3f}" + self.band.get(step, "")
-
-    def odd(self, loss: float, means: dict[str, float]) -> str:
-        """What is odd about a step's loss, with its mean by source; "" if nothing is."""
-        each = ", ".join(f"{source} {mean:.3g}" for source, mean in means.items())
-        if not isfinite(loss):
-            return f"the loss is {loss} ({each})"
-        before = np.array(self.before)
-        self.before.append(loss)
-        if len(before) < BEFORE:
-            return ""
-        mean, apart = before.mean(), before.std()
-        if loss < mean + DEVIATIONS * apart or loss < TIMES * mean:
-            return ""
-        return f"the loss jumps to {loss:.3g} from {mean:.3g} +- {apart:.2g} ({each})"
+def find_jump(loss: float, before: Sequence[float]) -> str:
+    """A warning if a loss is far above those of the steps before it, or not a number; else ""."""
+    if not np.isfinite(loss):
+        return f"the loss is {loss}"
+    if len(before) < JUMP_WINDOW:
+        return ""
+    mean, deviation = np.mean(before), np.std(before)
+    if loss < mean + JUMP_DEVIATIONS * deviation or loss < JUMP_RATIO * mean:
+        return ""
+    return f"the loss jumps to {loss:.3g} from {mean:.3g} +- {deviation:.2g}"
 
 
 def print_stage(name: str, stage: Stage, counts: dict[str, int], steps: int) -> None:
-    """Print what a stage trains and what it freezes."""
-    train = ", ".join(f"{part} {n:,}" for part, n in counts.items() if n)
-    vision = f", vision {stage.vision_lr:g}" if counts["encoder"] else ""
-    frozen = ", ".join(part for part, n in counts.items() if not n) or "nothing"
-    mix = ", ".join(f"{source} x {times:g}" for source, times in stage.mix.items())
-    print(
-        f"\n{name}: trains {train} parameters (lr {stage.lr:g}{vision}); "
-        f"frozen: {frozen}\n  {steps:,} steps of {stage.batch_size} samples: {mix}"
-    )
+    """Print what a stage trains, and on what; `counts` has 0 parameters for a frozen part."""
+    print(f"\n{name}: trained parameters {counts}, lr {stage.lr:g}, vision_lr {stage.vision_lr:g}")
+    print(f"  {steps:,} steps of {stage.batch_size} samples; sources and repeats {stage.mix}")

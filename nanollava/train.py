@@ -1,50 +1,71 @@
 """Training: the stages, one after another, with MosaicML Composer.
 
 Each stage says what it trains, packs its batches by a token budget, and ends in a folder that the
-next stage, `evaluate`, `chat` and the demo can load. The loss is the mean over the supervised
-tokens of the whole batch, over all microbatches and processes. The same recipe again resumes.
+next stage, `evaluate`, `chat` and the demo can load. The same recipe again resumes.
+
+A training step as Composer runs it, in the order of the code below:
+
+    1  split_batch    a batch of documents -> packs of at most `microbatch_tokens` positions
+    2  ComposerVLM    each pack forward and backward. The loss is the mean over the supervised
+                      tokens of the whole batch, over all packs and processes.
+    3  Clipping       the gradient's norm is limited to 1; then Composer runs AdamW
+    4  Logging        losses of all processes -> progress bar, losses.csv, notes.txt
+    5  Stopping       all processes agree whether to stop, and whether a checkpoint is due
 """
 
 import atexit
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from math import isfinite, nan
 from pathlib import Path
-from typing import Any
 
 import torch
-from composer import Callback, ComposerModel, DataSpec, State, Trainer
+from composer import Callback, ComposerModel, DataSpec, Logger, State, Trainer
 from composer.callbacks import SpeedMonitor
-from composer.loggers import Logger
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.utils import dist, get_device, reproducibility
 from composer.utils.parallelism import FSDP2Config
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from nanollava import runs
 from nanollava.checkpoint import gather, load_weights, save
 from nanollava.cost import forward_flops, rates, step_flops
-from nanollava.data import STOP_SIGNALS, make_loader, prepare
+from nanollava.data import STOP_SIGNALS, Loader, make_loader, prepare
 from nanollava.files import explain_full_disk
 from nanollava.model import TRAIN, VLM
 from nanollava.recipe import Recipe, Stage
 from nanollava.sequence import Document, Pack, count_tokens, pack, split
 
 
+def all_reduce(values: Tensor, operation: str) -> Tensor:
+    """The SUM or MAX of a CPU tensor over all processes. NCCL needs it on the GPU meanwhile."""
+    values = get_device().tensor_to_device(values)
+    dist.all_reduce(values, reduce_operation=operation)
+    return values.cpu()
+
+
+def split_batch(documents: list[Document], budget: int, tile: int) -> list[Pack]:
+    """Step 1: documents -> packs of at most `budget` positions, equally many on every process."""
+    groups = split(documents, budget)
+    most = int(all_reduce(torch.tensor(len(groups)), "MAX"))
+    # A process that has run out of documents still takes part in every reduction of gradients.
+    groups += [[]] * (most - len(groups))
+    return [pack(group, tile) for group in groups]
+
+
 class ComposerVLM(ComposerModel):
-    """The model as Composer trains it; sums up losses by source for the log."""
+    """Step 2: the model as Composer trains it. It also adds up the losses by source for the log."""
 
     def __init__(self, model: VLM, stage: Stage):
         super().__init__()
-        self.model, self.train_set, self.rates = model, TRAIN[stage.train], rates(model)
+        self.model, self.stage = model, stage
+        self.rates = rates(model)
         self.sources = list(stage.mix)
         self.table = torch.zeros(len(self.sources), 2, dtype=torch.float64)  # loss sum, tokens
 
@@ -53,186 +74,167 @@ class ComposerVLM(ComposerModel):
         return self.model(packed)
 
     def loss(self, losses: Tensor, packed: Pack) -> Tensor:
-        """Their mean; Composer weighs it by the pack's share of the batch's supervised tokens."""
+        """Their mean. Composer weighs it by the pack's share of the batch's supervised tokens."""
         if packed.learned:
-            source = torch.tensor([self.sources.index(name) for name in packed.sources])
-            each = losses.detach().cpu().double()
-            rows = torch.stack([each, torch.ones_like(each)], dim=1)
-            self.table.index_add_(0, source[packed.owner.cpu()], rows)
+            of_document = torch.tensor([self.sources.index(name) for name in packed.sources])
+            of_token = of_document[packed.owner.cpu()]  # (K,), the index of each token's source
+            values = losses.detach().cpu().double()
+            pairs = torch.stack([values, torch.ones_like(values)], dim=1)  # (K, 2)
+            self.table.index_add_(0, of_token, pairs)
         return losses.mean()
 
-    def flops_per_batch(self, documents: Sequence[Document]) -> int:
+    def flops_per_batch(self, documents: list[Document]) -> int:
         """Useful FLOPs of this process's part of a batch, for SpeedMonitor."""
-        keys, row = self.model.recipe.visual, self.model.spec
-        forward = forward_flops(self.rates, documents, row.side**2, keys.pool_after_projector)
-        return step_flops(forward, self.train_set)
+        T = self.model.spec.side**2
+        after = self.model.recipe.visual.pool_after_projector
+        return step_flops(forward_flops(self.rates, documents, T, after), TRAIN[self.stage.train])
 
 
-def over_processes(values: Tensor, operation: str) -> Tensor:
-    """The SUM or MAX of a tensor over all processes; NCCL wants it on the device meanwhile."""
-    values = get_device(None).tensor_to_device(values)
-    dist.all_reduce(values, reduce_operation=operation)
-    return values.cpu()
+class Clipping(Callback):
+    """Step 3: limits the norm of the gradient to 1."""
 
-
-def split_batch(documents: list[Document], budget: int, tile: int) -> list[Pack]:
-    """Documents -> packs of at most `budget` positions, as many on every process."""
-    packs = split(documents, budget)
-    most = int(over_processes(torch.tensor(len(packs)), "MAX"))
-    # A process that has run out of documents still takes part in every reduction.
-    packs += [[] for _ in range(most - len(packs))]
-    return [pack(documents, tile) for documents in packs]
-
-
-class Report(Callback):
-    """Progress bar, losses.csv, clipping; stops at a stop signal or at a loss that is no number."""
-
-    def __init__(self, run: Path, name: str, interval: int, course: Any, excess=1.0):
-        self.run, self.name, self.interval, self.course = run, name, interval, course
-        self.excess = excess  # how many times too large the gradients arrive
-        self.asked = 0  # the signal that asked this process to stop
-        self.stop = False  # whether any process was asked to: all of them agree after each step
-        self.bar = None
-        self.before = {n: signal.getsignal(n) for n in STOP_SIGNALS}
-
-    @property
-    def code(self) -> int:
-        """The exit code of a run that was asked to stop, as a shell would report the signal."""
-        return 128 + (self.asked or signal.SIGTERM)
-
-    def ask(self, number: int, frame: object) -> None:
-        """Note a stop signal; a second Ctrl-C does not wait for the checkpoint."""
-        if number == self.asked == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = number
-        if dist.get_global_rank() == 0:
-            told = "\nstopping after this step, with a checkpoint (Ctrl-C again: at once)\n"
-            os.write(2, told.encode())  # print is not safe in a signal handler
-
-    def fit_start(self, state: State, logger: Logger) -> None:
-        for number, before in self.before.items():
-            if before != signal.SIG_IGN:  # as nohup leaves SIGHUP
-                signal.signal(number, self.ask)
-        self.start, self.tokens = time.perf_counter(), int(state.timestamp.token)
-        if dist.get_global_rank() == 0:
-            done, total = int(state.timestamp.batch), int(state.max_duration.value)
-            runs.keep_losses(self.run, self.name, done)
-            form = self.name + "|{bar:10}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-            self.bar = tqdm(total=total, initial=done, mininterval=1, bar_format=form)
+    def __init__(self, grad_scale: float):
+        self.grad_scale = grad_scale  # how many times too large the gradients arrive
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-        if self.excess != 1:
-            torch._foreach_div_(gradients, self.excess)
-        # Composer's GradientClipping leaves the gradients of FSDP2 as they are, without a word.
+        if self.grad_scale != 1:
+            gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+            torch._foreach_div_(gradients, self.grad_scale)
+        # Composer's GradientClipping silently leaves the gradients of FSDP2 as they are.
         torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
 
+
+class Logging(Callback):
+    """Step 4: progress bar, losses.csv and notes.txt. Ends a run whose loss is not a number."""
+
+    def __init__(self, run: Path, stage: str, expected: dict[int, str]):
+        self.run, self.stage, self.expected = run, stage, expected
+        self.recent: deque[float] = deque(maxlen=runs.JUMP_WINDOW)
+        self.bar: tqdm | None = None  # only the first process shows one
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self.start_time = time.perf_counter()
+        self.start_tokens = state.timestamp.token.value
+        if dist.get_global_rank() == 0:
+            step, steps = state.timestamp.batch.value, state.max_duration.value
+            runs.rewind_losses(self.run, self.stage, step)
+            form = self.stage + "|{bar:10}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+            self.bar = tqdm(total=steps, initial=step, mininterval=1, bar_format=form)
+
     def batch_end(self, state: State, logger: Logger) -> None:
-        student = getattr(state.model, "module", state.model)  # DDP wraps it, FSDP does not
-        stop = torch.tensor([[float(self.asked > 0), 0]], dtype=torch.float64)
-        # Sums travel, not means: a process may hold none of a source, or very little.
-        table = torch.cat([student.table, student.table.sum(0, keepdim=True), stop])
-        *rows, (stop, _) = over_processes(table, "SUM").tolist()
-        student.table.zero_()
-        self.stop = bool(stop)
-        step, loss = int(state.timestamp.batch), rows[-1][0] / (rows[-1][1] or nan)
-        means = {s: total / n for s, (total, n) in zip(student.sources, rows[:-1]) if n}
+        # 1. The mean loss of each source. Sums travel, not means, because a process may hold few
+        #    tokens of a source, or none.
+        model = getattr(state.model, "module", state.model)  # DDP wraps it, FSDP does not
+        sums = torch.cat([model.table, model.table.sum(0, keepdim=True)])  # (sources + 1, 2)
+        model.table.zero_()
+        pairs = zip([*model.sources, "all"], all_reduce(sums, "SUM").tolist(), strict=True)
+        losses = [(source, total / n, int(n)) for source, (total, n) in pairs if n]
+        loss = losses[-1][1] if losses else nan
+        # 2. What is unusual about this batch.
+        step = state.timestamp.batch.value
         notes = [document.note for document in state.batch if document.note]
-        if odd := self.course.odd(loss, means):
-            names = [document.name for document in state.batch]
-            notes.insert(0, f"step {step}: {odd}; samples {', '.join(names)}")
-        runs.log_notes(self.run, self.name, notes)
+        warning = runs.find_jump(loss, self.recent)
+        self.recent.append(loss)
+        if warning:
+            by_source = ", ".join(f"{source} {mean:.3g}" for source, mean, _ in losses[:-1])
+            samples = ", ".join(document.name for document in state.batch)
+            notes.insert(0, f"step {step}: {warning} ({by_source}); samples {samples}")
+        runs.log_notes(self.run, self.stage, notes)
         if not isfinite(loss):
-            raise ValueError(f"{self.name} {notes[0]}")
+            raise ValueError(f"{self.stage} {notes[0]}. Fix these samples, or lower the lr")
+        # 3. losses.csv and the progress bar.
         if self.bar is None:
             return
-        seconds = time.perf_counter() - self.start
-        lr = max(group["lr"] for group in state.optimizers[0].param_groups)
-        runs.add_losses(
-            self.run,
-            [
-                (self.name, step, source, f"{total / n:.6f}", int(n), f"{lr:.3g}", f"{seconds:.2f}")
-                for source, (total, n) in zip([*student.sources, "all"], rows, strict=True)
-                if n
-            ],
-        )
-        speed = (int(state.timestamp.token) - self.tokens) / seconds
-        told = f"{self.course.tell(step, loss)}, {speed:,.0f} tokens/s"
-        self.bar.set_postfix_str(told, refresh=False)
-        self.bar.update(step - self.bar.n)
-
-    def due(self, state: State, event: object) -> bool:
-        """Whether a checkpoint is to be written now: every interval, and before stopping.
-
-        Not at the last step, after which the stage's own folder is written.
-        """
-        step = int(state.timestamp.batch)
-        return step < int(state.max_duration.value) and (self.stop or step % self.interval == 0)
-
-    def batch_start(self, state: State, logger: Logger) -> None:
-        if self.stop:
-            raise SystemExit(self.code)  # the checkpoint of the last step has been written
+        seconds = time.perf_counter() - self.start_time
+        speed = (state.timestamp.token.value - self.start_tokens) / seconds
+        lr = max(state.schedulers[0].get_last_lr())
+        runs.add_losses(self.run, self.stage, step, losses, lr, seconds)
+        last = [*self.recent][-runs.SMOOTHING :]
+        text = f"loss {sum(last) / len(last):.3f}{self.expected.get(step, '')}"
+        self.bar.set_postfix_str(f"{text}, {speed:,.0f} tokens/s", refresh=False)
+        self.bar.update()
 
     def close(self, state: State, logger: Logger) -> None:
-        for number, before in self.before.items():
-            signal.signal(number, before)
         if self.bar is not None:
             self.bar.close()
 
 
-def run_stage(recipe: Recipe, name: str, model: VLM) -> int:
-    """Train one stage, from its last checkpoint on; returns the exit code if it was asked to stop
-    in its last step, else 0.
-    """
-    stage = recipe.stages[name]
-    writer = model.writer(recipe.visual_of(stage), stage.template)
-    loader = make_loader(recipe, stage, writer, dist.get_world_size())
-    # Before the trainer is made: DDP expects a gradient of all that requires one at that moment.
-    counts = model.set_trainable(stage.train)
-    trainer = make_trainer(recipe, name, model, loader)  # counts FLOPs, without recomputation
-    model.checkpoint_activations(stage.checkpoint_activations)
-    if dist.get_global_rank() == 0:
-        runs.print_stage(name, stage, counts, int(trainer.state.max_duration.value))
-    trainer.fit()
-    trainer.close()
-    # Both would hold this stage's model and Adam's moments until the process ends.
-    atexit.unregister(trainer.engine._close)
-    getattr(state_dict._get_fqns, "cache_clear", int)()
-    report = next(c for c in trainer.state.callbacks if isinstance(c, Report))
-    return report.code if report.stop else 0
+class Stopping(Callback):
+    """Step 5: says when a checkpoint is due. After a stop signal, ends the run with one."""
+
+    def __init__(self, interval: int):
+        self.interval = interval  # steps between checkpoints
+        self.received = 0  # the stop signal that this process received last
+        self.stop = False  # whether any process has received one
+        self.handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        for number, handler in self.handlers.items():
+            if handler != signal.SIG_IGN:  # `nohup` leaves SIGHUP ignored, and it stays so
+                signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: object) -> None:
+        """Remember a stop signal. A second Ctrl-C does not wait for the checkpoint."""
+        if number == self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        if dist.get_global_rank() == 0:  # os.write, because print is not safe in a handler
+            os.write(2, b"\nstopping after this step, with a checkpoint (Ctrl-C again: stop now)\n")
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        # A signal may have reached one process only, but all have to stop at the same step.
+        self.stop = bool(all_reduce(torch.tensor(self.received), "MAX"))
+
+    def due(self, state: State, event: object) -> bool:
+        """Whether a checkpoint is due: at every interval, and before stopping.
+
+        None is due at the last step, after which the stage's own folder is written.
+        """
+        step = state.timestamp.batch.value
+        return step < state.max_duration.value and (self.stop or step % self.interval == 0)
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self.exit_if_asked()  # the checkpoint of the last step has been written
+
+    def exit_if_asked(self) -> None:
+        """End the process, as a shell reports the signal, if any process was asked to stop."""
+        if self.stop:
+            raise SystemExit(128 + (self.received or signal.SIGTERM))
+
+    def close(self, state: State, logger: Logger) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
-def make_trainer(recipe: Recipe, name: str, model: VLM, loader: DataLoader) -> Trainer:
+def make_trainer(recipe: Recipe, name: str, model: VLM, loader: Loader, stop: Stopping) -> Trainer:
     """Composer's trainer for a stage, over a loader whose batches are lists of documents."""
     stage, run = recipe.stages[name], Path(recipe.run)
     steps = runs.steps_of(stage, len(loader))
-    course = runs.LossBand(recipe.reference, name, steps)
-    excess = runs.gradient_scale() if recipe.shard else 1.0
-    report = Report(run, name, stage.save_interval, course, excess)
+    logging = Logging(run, name, runs.expected_losses(recipe.reference, name, steps))
+    clipping = Clipping(runs.gradient_scale() if recipe.shard else 1.0)
     data = DataSpec(
         loader,
-        split_batch=partial(split_batch, tile=model.spec.tile),
+        split_batch=lambda documents, budget: split_batch(documents, budget, model.spec.tile),
         get_num_samples_in_batch=len,
         get_num_tokens_in_batch=count_tokens,
         microbatch_transforms=lambda pack: pack.to(model.newline.device),
     )
-    rates = (stage.lr, stage.vision_lr, stage.projector_lr or stage.lr, stage.weight_decay)
+    lrs = (stage.lr, stage.vision_lr, stage.projector_lr or stage.lr)
     with runs.weights_only(run):
         return Trainer(
             model=ComposerVLM(model, stage),
             train_dataloader=data,
-            optimizers=torch.optim.AdamW(model.groups(*rates), fused=True),
+            optimizers=torch.optim.AdamW(model.groups(*lrs, stage.weight_decay), fused=True),
             schedulers=CosineAnnealingWithWarmupScheduler(f"{round(steps * stage.warmup)}ba"),
-            callbacks=[report, SpeedMonitor(window_size=10)],
+            callbacks=[clipping, logging, stop, SpeedMonitor(window_size=10)],
             max_duration=f"{steps}ba",
-            device_train_microbatch_size=stage.microbatch_tokens,  # as it is, to split_batch
+            device_train_microbatch_size=stage.microbatch_tokens,  # split_batch gets it as it is
             accumulate_train_batch_on_tokens=True,  # else uneven packs are averaged as if even
             precision="fp32",  # the model's own autocast computes in bf16, on the CPU too
             seed=recipe.seed,
-            device="gpu" if torch.cuda.is_available() else "cpu",
             progress_bar=False,
             **sharding(recipe, model),
-            **runs.checkpointing(name, run, report.due),
+            **runs.checkpointing(name, run, stop.due),
         )
 
 
@@ -246,27 +248,64 @@ def sharding(recipe: Recipe, model: VLM) -> dict:
     return {"parallelism_config": {"fsdp": settings}}
 
 
-def begin(recipe: Recipe, last: Path | None) -> VLM:
-    """The model as a stage finds it: pretrained parts, or the folder of the stage before.
+def begin(recipe: Recipe, previous: Path | None) -> VLM:
+    """The model with which a stage begins: pretrained parts, or the previous stage's weights.
 
-    With `shard` only the first process holds it, until the trainer deals it out.
+    With `shard` only the first process holds them, until the trainer shards them.
     """
-    away = recipe.shard and dist.get_global_rank() > 0
-    with torch.device("meta") if away else nullcontext():
-        model = VLM(recipe, "random" if last or away else "")
-    if last and not away:
-        load_weights(model, last / "model.safetensors")
+    empty = recipe.shard and dist.get_global_rank() > 0
+    with torch.device("meta") if empty else nullcontext():
+        model = VLM(recipe, "random" if previous or empty else "")
+    if previous and not empty:
+        load_weights(model, previous / "model.safetensors")
     return model
+
+
+def fit(recipe: Recipe, name: str, model: VLM, stop: Stopping) -> None:
+    """Train a stage's model, from the stage's last checkpoint on."""
+    stage = recipe.stages[name]
+    writer = model.writer(recipe.visual_of(stage), stage.template)
+    loader = make_loader(recipe, stage, writer, dist.get_world_size())
+    # Before the trainer: DDP expects a gradient for all that requires one when it is made.
+    counts = model.set_trainable(stage.train)
+    trainer = make_trainer(recipe, name, model, loader, stop)
+    # After the trainer: it counts the FLOPs of a step, which leave out recomputation.
+    model.checkpoint_activations(stage.checkpoint_activations)
+    if dist.get_global_rank() == 0:
+        runs.print_stage(name, stage, counts, trainer.state.max_duration.value)
+    trainer.fit()
+    trainer.close()
+    # Composer's exit handler and this cache of torch's would hold the model and Adam's moments.
+    atexit.unregister(trainer.engine._close)
+    if hasattr(state_dict._get_fqns, "cache_clear"):
+        state_dict._get_fqns.cache_clear()
+
+
+def run_stage(recipe: Recipe, name: str, previous: Path | None) -> Path:
+    """Train one stage, unless that is done; returns its folder."""
+    folder = Path(recipe.run) / name
+    if (folder / "model.safetensors").exists():
+        return folder
+    stop = Stopping(recipe.stages[name].save_interval)
+    with explain_full_disk(folder.parent):
+        model = begin(recipe, previous)
+        fit(recipe, name, model, stop)
+        state = gather(model) if recipe.shard else None
+        if dist.get_global_rank() == 0:
+            save(model, folder, state)
+        dist.barrier()
+    stop.exit_if_asked()  # in the last step, after which there is no checkpoint
+    return folder
 
 
 def train(recipe: Recipe) -> Path:
     """All stages of a recipe; returns the run folder. All nodes must see run and data folders."""
-    dist.initialize_dist(get_device(None), timeout=3600)
+    dist.initialize_dist(get_device(), timeout=3600)
     run, first = Path(recipe.run), dist.get_global_rank() == 0
     runs.check_run(recipe)
     if (run / "model.safetensors").exists() and not recipe.fresh:
         if first:
-            print(f"{run} is already trained; fresh=true starts anew")
+            print(f"{run} is already trained. Pass fresh=true to delete it and train anew")
         return run
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, os.cpu_count() // dist.get_local_world_size()))
@@ -277,20 +316,11 @@ def train(recipe: Recipe) -> Path:
     dist.barrier()
     recipe = replace(recipe, fresh=False)
     reproducibility.seed_all(recipe.seed)
-    last = None
-    for name in (name for name, stage in recipe.stages.items() if stage):
-        if not (run / name / "model.safetensors").exists():
-            with explain_full_disk(run):
-                model = begin(recipe, last)
-                stop = run_stage(recipe, name, model)
-                state = gather(model) if recipe.shard else None
-                if first:
-                    save(model, run / name, state)
-                dist.barrier()
-            if stop:
-                raise SystemExit(stop)
-        last = run / name
+    folder = None
+    for name, stage in recipe.stages.items():
+        if stage:
+            folder = run_stage(recipe, name, folder)
     if first:
-        runs.finish(run, last)
+        runs.finish(run, folder)
     dist.barrier()
     return run

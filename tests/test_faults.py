@@ -9,9 +9,6 @@ import shutil
 import signal
 import time
 from collections import namedtuple
-from contextlib import suppress
-from pathlib import Path
-from types import SimpleNamespace
 
 import composer.utils.checkpoint
 import psutil
@@ -24,7 +21,7 @@ from nanollava import checkpoint as parts
 from nanollava import files, runs
 from nanollava.data import shard_folder
 from nanollava.recipe import read_recipe
-from nanollava.train import ComposerVLM, Report, train
+from nanollava.train import ComposerVLM, Stopping, train
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +100,7 @@ def test_a_loss_that_is_no_number(whole, tmp_path, monkeypatch):
         return found * torch.nan if steps[0] == 8 else found
 
     monkeypatch.setattr(ComposerVLM, "forward", broken)
-    told = r"stage1_5 step \d: the loss is nan \(mixed nan\); samples train-\d+, "
+    told = r"stage1_5 step \d: the loss is nan \(mixed nan\); samples train-\d+, .*\. Fix these"
     stops(whole, tmp_path / "run", ValueError, told)
     assert "the loss is nan" in (tmp_path / "run/notes.txt").read_text()
     monkeypatch.undo()
@@ -128,7 +125,7 @@ def test_shards_that_rot_name_the_sample(whole, tmp_path):
     place = data.find(b"PNG", len(data) // 2)
     data[place : place + 3] = b"???"
     shard.write_bytes(data)
-    told = r"mixed: damaged shards: train-\d+: unreadable image"
+    told = r"source mixed has damaged shards at sample train-\d+: unreadable image"
     with pytest.raises(ValueError, match=told):
         train(read_recipe(tmp_path / "own.yaml", [f"run={tmp_path}/other"]))
 
@@ -157,7 +154,7 @@ def test_a_checkpoint_that_is_code_runs_nothing(whole, tmp_path):
     stop_at(start(whole[0], f"run={run}"), run, ("stage2", 8), signal.SIGTERM)
     latest = run / "checkpoints/stage2-latest-rank0.pt"
     torch.save(torch.load(latest, weights_only=False) | {"more": Trap(trap)}, latest)
-    stops(whole, run, ValueError, "run/checkpoints: no run wrote these: delete that folder")
+    stops(whole, run, ValueError, "run/checkpoints holds what no run writes. Delete it")
     assert not trap.exists()
     torch.load(latest, weights_only=False)
     assert trap.exists()  # Composer would have
@@ -193,7 +190,7 @@ def test_other_processes_go_on_in_the_same_order(whole, tmp_path):
     run = tmp_path / "run"
     stop_at(start(recipe, f"run={run}"), run, ("stage2", 8), signal.SIGKILL)
     told = finish(start(recipe, f"run={run}", flags=("-n", "2")))
-    assert f"{run} goes on in the same order, now with 2 processes" in told
+    assert f"{run} resumes with 2 processes, and its samples keep their order" in told
     one, two = losses(unharmed), losses(run)
     assert one.keys() == two.keys() and max(abs(one[k] - two[k]) for k in one) < 1e-5
 
@@ -220,11 +217,18 @@ def test_a_stop_signal_to_the_whole_process_group(whole, tmp_path, number, flags
 
 def test_who_asked_not_to_be_hung_up_on_is_not(monkeypatch):
     """`nohup` leaves SIGHUP ignored: it stays so."""
-    report = Report(Path(), "stage1", 1, None)
-    report.before[signal.SIGHUP] = signal.SIG_IGN
+    stop = Stopping(1)
+    stop.handlers[signal.SIGHUP] = signal.SIG_IGN
     asked = []
     monkeypatch.setattr(signal, "signal", lambda number, handler: asked.append(number))
-    timestamp = SimpleNamespace(token=0, batch=0)
-    with suppress(AttributeError):  # what it does next needs a trainer
-        report.fit_start(SimpleNamespace(timestamp=timestamp), None)
-    assert signal.SIGINT in asked and signal.SIGHUP not in asked
+    stop.fit_start(None, None)
+    assert asked == [signal.SIGINT, signal.SIGTERM]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint(capfd):
+    stop = Stopping(1)
+    stop.receive(signal.SIGTERM, None)
+    stop.receive(signal.SIGINT, None)  # the first one, after another signal
+    assert stop.received == signal.SIGINT and "stopping after this step" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        stop.receive(signal.SIGINT, None)

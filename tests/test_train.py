@@ -23,7 +23,7 @@ from nanollava.model import VLM
 from nanollava.prompts import Turn
 from nanollava.recipe import read_recipe
 from nanollava.sequence import pack
-from nanollava.train import make_trainer, train
+from nanollava.train import Stopping, make_trainer, train
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,8 @@ def test_speed_monitor_sees_the_useful_flops(tiny, tmp_path):
     image = Image.new("RGB", (144, 144))
     documents = [model.writer()(turns, [image], source="mixed")] * 48
     loader = DataLoader(documents, batch_size=4, collate_fn=list)
-    trainer, log = make_trainer(recipe, "stage2", model, loader), InMemoryLogger()
+    trainer = make_trainer(recipe, "stage2", model, loader, Stopping(1000))
+    log = InMemoryLogger()
     log.init(trainer.state, trainer.logger)
     trainer.logger.destinations = (log,)
     trainer.fit()

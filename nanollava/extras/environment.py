@@ -1,4 +1,4 @@
-"""What a result depends on beside its recipe: the commit, the versions, the device."""
+"""What a result depends on besides its recipe: the commit, the versions, the device."""
 
 import platform
 import shutil
@@ -11,18 +11,18 @@ from nanollava.files import PACKAGE
 from nanollava.recipe import Recipe
 
 PACKAGES = ("torch", "transformers", "mosaicml", "mosaicml-streaming", "open_clip_torch")
-# The folders whose changes make a commit dirty; results and pages are no code.
+# A change in these folders marks a commit as dirty. Results and pages are not code.
 CODE = ("nanollava", "recipes", ":!recipes/ablations/results", ":!recipes/*.md")
 
 
-def git(*words: str) -> subprocess.CompletedProcess:
+def git(*arguments: str) -> subprocess.CompletedProcess:
     """Run git in the folder above the package."""
-    command = ["git", "-C", str(PACKAGE.parent), *words]
+    command = ["git", "-C", str(PACKAGE.parent), *arguments]
     return subprocess.run(command, capture_output=True, text=True)
 
 
 def commit() -> str:
-    """The checkout's commit, with -dirty where its code was changed.
+    """The checkout's commit, with -dirty if its code has changed since.
 
     Empty without git, and for an installed package, which may lie in another project's checkout.
     """
@@ -30,13 +30,12 @@ def commit() -> str:
         return ""
     if git("ls-files", "--error-unmatch", "nanollava/files.py").returncode:
         return ""
-    head = git("rev-parse", "--short", "HEAD").stdout.strip()
     changed = git("diff", "--quiet", "HEAD", "--", *CODE).returncode == 1
-    return head + ("-dirty" if changed else "")
+    return git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if changed else "")
 
 
 def environment(recipe: Recipe, processes: int) -> dict:
-    """One start of a run, for its environment.json."""
+    """What one start of a run depends on, an entry of its environment.json."""
     return {
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},

@@ -204,7 +204,7 @@ def plan_stage(
         counts = count([sketch], row.side**2, visual.pool_after_projector)
         mean.update({key: value * n / samples for key, value in counts.items()})
     forward = {
-        part: per * mean[PARTS[part][0]] * steps * stage.batch_size for part, per in rate.items()
+        part: per * mean[PARTS[part].unit] * steps * stage.batch_size for part, per in rate.items()
     }
     mean["longest"] = max(len(sketch.ids) for sketch, _ in mix)
     flops = step_flops(forward, TRAIN[stage.train])

@@ -5,35 +5,37 @@ python -m nanollava.extras.reference recipes/nano/losses.csv runs/nano_0 runs/na
 
 import csv
 import sys
-from collections import deque
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 from nanollava.files import write_atomically
-from nanollava.runs import read_losses
+from nanollava.runs import SMOOTHING, read_losses
 
 
 def write_reference(runs: Iterable[str | Path], out: str | Path) -> None:
-    """The lowest and the highest mean of ten steps at each step, 5% added on both sides."""
-    told: dict[tuple[str, int], list[float]] = {}
+    """Write the lowest and the highest mean of SMOOTHING steps at each step, 5% added on both
+    sides.
+    """
+    means = defaultdict(list)  # (stage, step): one mean per run
     for run in runs:
-        last: dict[str, deque] = {}
-        if not (rows := [row for row in read_losses(run) if row["source"] == "all"]):
-            raise ValueError(f"{run} has no losses: train it first")
+        rows = [row for row in read_losses(run) if row["source"] == "all"]
+        if not rows:
+            raise ValueError(f"{run} has no losses. Train it first")
+        losses = defaultdict(list)  # stage: one loss per step
         for row in rows:
-            window = last.setdefault(row["stage"], deque(maxlen=10))
-            window.append(float(row["loss"]))
-            told.setdefault((row["stage"], int(row["step"])), []).append(sum(window) / len(window))
+            stage = row["stage"]
+            step = int(row["step"])
+            losses[stage].append(float(row["loss"]))
+            last = losses[stage][-SMOOTHING:]
+            means[stage, step].append(sum(last) / len(last))
     with write_atomically(Path(out)) as half, half.open("w", newline="") as file:
-        csv.writer(file).writerows(
-            [
-                ("stage", "step", "low", "high"),
-                *(
-                    (*place, f"{min(means) * 0.95:.2f}", f"{max(means) * 1.05:.2f}")
-                    for place, means in told.items()
-                ),
-            ]
-        )
+        writer = csv.writer(file)
+        writer.writerow(("stage", "step", "low", "high"))
+        for (stage, step), values in means.items():
+            low = min(values) * 0.95
+            high = max(values) * 1.05
+            writer.writerow((stage, step, f"{low:.2f}", f"{high:.2f}"))
 
 
 if __name__ == "__main__":

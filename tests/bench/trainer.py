@@ -28,7 +28,7 @@ from nanollava.prompts import Turn  # noqa: E402
 from nanollava.recipe import read_recipe  # noqa: E402
 from nanollava.runs import steps_of  # noqa: E402
 from nanollava.sequence import pack, split  # noqa: E402
-from nanollava.train import make_trainer  # noqa: E402
+from nanollava.train import Stopping, make_trainer  # noqa: E402
 
 STEPS, ROUNDS = 20, 5
 
@@ -100,7 +100,8 @@ def measure(folder: Path) -> list[Row]:
             model.load_state_dict(start)
             one = replace(recipe, stages={"stage2": stage})
             loader = DataLoader(documents * STEPS, batch_size=4, collate_fn=list)
-            trainer, clock = make_trainer(one, "stage2", model, loader), Clock()
+            trainer = make_trainer(one, "stage2", model, loader, Stopping(stage.save_interval))
+            clock = Clock()
             trainer.state.callbacks.append(clock)
             (folder / "run").mkdir(exist_ok=True)
             trainer.fit()
