@@ -1,14 +1,14 @@
-"""Evaluation: a model over the recipe's tasks at each of its settings, resumable.
+"""Evaluation: scores a model on the recipe's tasks, at each of the recipe's visual settings.
 
-Each (task, setting) is one line of results.jsonl with a 95% bootstrap interval over questions;
-what is there for the same weights is not done again. With several processes each answers its
-share. A nano task is named nano-something: it is no benchmark.
+Each (task, setting) is one line of results.jsonl, with a 95% bootstrap interval over questions. A
+line that is already there for the same weights and the same questions is not computed again, so an
+interrupted evaluation resumes. With several processes, each answers its share of the questions.
+The nano tasks are named nano-something, because their scores are not those of a benchmark.
 """
 
 import hashlib
 import json
 import os
-import string
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,190 +24,221 @@ from tqdm import tqdm
 from nanollava.anyres import Visual, open_image
 from nanollava.metrics import METRICS
 from nanollava.prompts import Turn, read_turns
-from nanollava.recipe import Recipe, Source, Task, with_visual
+from nanollava.recipe import Source, Task, with_visual
 from nanollava.sequence import Document, Writer
 from nanollava.sources import images_of, records
 
-BATCH = 8192  # positions of a batch of prompts
-DIGITS = string.digits + string.ascii_letters + "+/"
+BATCH = 8192  # positions of a batch of prompts, with their answers
 AHEAD = 256  # questions whose views are in memory at once
-
-
-def questions(task: Task, seed: int) -> list[tuple[list[Turn], list[bytes], str]]:
-    """(turns up to the question, image bytes, reference answer) of each record of a task."""
-    out = []
-    for record in records(Source(task.path, task.split, task.samples), seed):
-        images = images_of(record)
-        *turns, last = read_turns(record["conversations"], len(images))
-        out.append((turns, images, str(record.get("answer", last.text))))
-    if not out:
-        raise ValueError(f"{task.path} has no questions in its split {task.split}")
-    return out
+# One character per score from 0 to 1, in 64 steps, as older result lines have them.
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+/"
 
 
 class Answer(NamedTuple):
-    """What a model says; by default that of a question that it cannot be asked."""
+    """What a model says; the default stands for a question that could not be asked."""
 
     text: str = ""
-    tokens: int = 0  # visual tokens that it saw
-    cut: bool = False  # it took all the room that it had
+    tokens: int = 0  # visual tokens that the model saw
+    cut: bool = False  # the answer reached max_new_tokens
+
+
+def questions(task: Task, seed: int) -> list[tuple[list[Turn], list[bytes], str]]:
+    """(turns up to the question, image files, reference answer) of each record of a task."""
+    found = []
+    for record in records(Source(task.path, task.split, task.samples), seed):
+        images = images_of(record)
+        # The last turn answers the question. A nano record also has the value alone as `answer`.
+        *turns, last = read_turns(record["conversations"], len(images))
+        found.append((turns, images, str(record.get("answer", last.text))))
+    if not found:
+        raise ValueError(f"{task.path} has no questions in split {task.split!r}; choose another")
+    return found
 
 
 def answer_all(
     assistant: Any,
     writer: Writer,
-    items: Sequence[tuple],
-    room: int,
+    asked: Sequence[tuple],
+    max_new_tokens: int,
     title: str,
     keep: Callable[[tuple, Answer], None] = lambda *_: None,
 ) -> list[Answer]:
-    """Answers to items (turns, images, ...) of at most `room` tokens, with a progress bar.
+    """Answer all questions (turns, images, ...), with a progress bar.
 
-    A question that is too long or whose image cannot be read is named, and its answer is empty:
-    it counts as wrong. `keep` gets each item and its answer as it comes.
+    A question that is too long, or whose image cannot be read, is reported; its answer is empty and
+    so counts as wrong. `keep` is called with each question and its answer, as soon as it is there.
     """
-    answers = [Answer()] * len(items)
-    bar = tqdm(total=len(items), desc=title, disable=None, leave=False)
-    for start in range(0, len(items), AHEAD):
-        documents: list[tuple[int, Document]] = []
-        for i, (turns, images, *_) in enumerate(items[start : start + AHEAD], start):
+    answers = [Answer()] * len(asked)  # wrong, unless they are answered below
+    bar = tqdm(total=len(asked), desc=title, disable=None, leave=False)
+    for start in range(0, len(asked), AHEAD):
+        documents: list[Document] = []
+        for i, (turns, images, *_) in enumerate(asked[start : start + AHEAD], start):
             try:
                 pictures = [open_image(data) for data in images]
-                documents.append((i, writer(turns, pictures, name=str(i), answer=True)))
+                documents.append(writer(turns, pictures, name=str(i), answer=True))
             except ValueError as error:
                 print(f"{title}, question {i}: {error}; counted as wrong")
-        documents.sort(key=lambda pair: (*pair[1].prefix, len(pair[1].ids)), reverse=True)
+        # Questions about the same images become neighbours, so that their shared prefix is computed
+        # once. Within the same images the longest prompt comes first: it decides the batch size.
+        documents.sort(key=lambda document: (*document.prefix, len(document.ids)), reverse=True)
         while documents:
-            n = max(1, BATCH // (len(documents[0][1].ids) + room))
-            batch, documents = documents[:n], documents[n:]
-            then = documents[0][1].prefix if documents else None
-            found = assistant.answer([d for _, d in batch], room, then)
-            for (i, document), (text, cut) in zip(batch, found, strict=True):
-                answers[i] = Answer(text, sum(lay.tokens for lay in document.layouts), cut)
-                keep(items[i], answers[i])
+            size = max(1, BATCH // (len(documents[0].ids) + max_new_tokens))
+            batch, documents = documents[:size], documents[size:]
+            # The cache of this batch's prefix is kept only if the next batch begins with it.
+            next_prefix = documents[0].prefix if documents else None
+            replies = assistant.answer(batch, max_new_tokens, next_prefix)
+            for document, (text, cut) in zip(batch, replies, strict=True):
+                i = int(document.name)  # its place among the questions
+                answers[i] = Answer(text, sum(layout.tokens for layout in document.layouts), cut)
+                keep(asked[i], answers[i])
             bar.update(len(batch))
     bar.close()
     return answers
 
 
-def digits(rows: np.ndarray) -> str:
-    """Scores in 0..1 as one character each, in 64 steps: what a comparison of questions needs."""
-    return "".join(DIGITS[i] for i in np.rint(63 * rows).astype(int).ravel())
+def interval(scores: np.ndarray, total: Callable[[np.ndarray], float]) -> tuple[float, float]:
+    """95% percentile bootstrap over questions of `total(scores)`."""
+    if len(scores) < 2 or (scores == scores[0]).all():
+        return total(scores), total(scores)  # without a spread there is nothing to resample
 
+    def resample(drawn: np.ndarray) -> float:
+        return total(scores[drawn])
 
-def interval(rows: np.ndarray, total: Any) -> tuple[float, float]:
-    """95% percentile bootstrap over questions of `total`(rows)."""
-    if len(rows) < 2 or (rows == rows[0]).all():
-        return (total(rows),) * 2
-    found = bootstrap(
-        (np.arange(len(rows)),),
-        lambda i: total(rows[i]),
-        n_resamples=1000,
-        vectorized=False,
-        method="percentile",
-        random_state=0,
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    # Question numbers are drawn, not scores: for F1 the two scores of a question stay together.
+    numbers = np.arange(len(scores))
+    found = bootstrap((numbers,), resample, n_resamples=1000, method="percentile", random_state=0)
+    low, high = found.confidence_interval
+    return float(low), float(high)
 
 
 def chance(references: Sequence[str], metric: str) -> float:
-    """What a guesser gets who knows all the answers, but not which belongs to which question."""
+    """The score of someone who knows all answers, but not which belongs to which question: the mean
+    over 100 shuffles.
+    """
     score, total = METRICS[metric]
-    draw, rounds, references = np.random.default_rng(0), [], sorted(references)
-    for _ in range(100):
-        guesses = draw.permutation(references).tolist()
-        rounds.append(total(np.array([*map(score, guesses, references)], dtype=float)))
-    return float(np.mean(rounds))
+    # Sorted first: the same answers have the same chance in any order of the questions.
+    rng, references = np.random.default_rng(0), sorted(references)
+    shuffles = [rng.permutation(references).tolist() for _ in range(100)]
+    scores = [np.array([*map(score, guesses, references)], dtype=float) for guesses in shuffles]
+    return float(np.mean([total(shuffled) for shuffled in scores]))
+
+
+def question_scores(result: dict) -> np.ndarray:
+    """The scores of a result's questions: (n,), or (n, 2) for F1: the model said yes, yes is true.
+
+    Older lines hold one character per score, which stands for one of 64 steps from 0 to 1.
+    """
+    scores = result["each"]  # one per question, in the order of the questions
+    if not isinstance(scores, str):
+        return np.array(scores, dtype=float)
+    steps = np.array([DIGITS.index(character) for character in scores]) / 63
+    return steps if len(steps) == result["n"] else steps.reshape(-1, 2)
 
 
 def ranks() -> tuple[int, int]:
-    """The number of this process and how many there are; a launcher's processes meet here."""
+    """The number of this process, and how many there are. A launcher's processes meet here."""
+    # torchrun and composer set WORLD_SIZE; one process alone needs no process group.
     if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
         dist.init_process_group()
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict[str, Any] | None:
-    """One task at one setting -> its result row (None on all processes but the first)."""
-    recipe: Recipe = assistant.model.recipe
+def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict:
+    """One task at one setting -> its result, on every process."""
     rank, world = ranks()
-    items, start, used = questions(task, recipe.seed), time.perf_counter(), time.process_time()
-    mine, title = items[rank::world], f"{name}, grid {visual.max_grid}"
+    asked = questions(task, assistant.model.recipe.seed)
+    # Wall time depends on what else runs on the machine; the ablations compare CPU time.
+    start, cpu_start = time.perf_counter(), time.process_time()
     writer = assistant.model.writer(visual)
-    answers = answer_all(assistant, writer, mine, task.max_new_tokens, title)
-    seconds, used = time.perf_counter() - start, time.process_time() - used
-    pairs = [(a.text, item[2], a.tokens) for a, item in zip(answers, mine, strict=True)]
-    if world > 1:
-        shares: list = [None] * world
-        dist.all_gather_object(shares, pairs)
-        pairs = [shares[i % world][i // world] for i in range(len(items))]  # as they were asked
-    if rank:
-        return None
+    title = f"{name}, grid {visual.max_grid}"
+    answers = answer_all(assistant, writer, asked[rank::world], task.max_new_tokens, title)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    if world > 1:  # process r has answered questions r, r + world, r + 2 * world, ...
+        shares = [answers] * world
+        dist.all_gather_object(shares, answers)
+        answers = [shares[i % world][i // world] for i in range(len(asked))]
     score, total = METRICS[task.metric]
-    rows = np.array([score(p, r) for p, r, _ in pairs], dtype=float)
-    low, high = interval(rows, total)
+    references = [reference for _, _, reference in asked]
+    texts = [answer.text for answer in answers]
+    scores = np.array([*map(score, texts, references)], dtype=float)  # (n,) or, for F1, (n, 2)
+    low, high = interval(scores, total)
     return {
         "task": name,
         "metric": task.metric,
-        "score": round(float(total(rows)), 4),
+        "score": round(float(total(scores)), 4),
         "low": round(low, 4),
         "high": round(high, 4),
-        "n": len(pairs),
-        "chance": round(chance([r for _, r, _ in pairs], task.metric), 4),
-        "tokens": round(float(np.mean([n for *_, n in pairs])), 1),
+        "n": len(asked),
+        "chance": round(chance(references, task.metric), 4),
+        "tokens": round(float(np.mean([answer.tokens for answer in answers])), 1),
         "seconds": round(seconds, 2),
-        "cpu_seconds": round(used, 2),
-        "each": digits(rows),
+        "cpu_seconds": round(cpu_seconds, 2),
+        "each": np.round(scores, 4).tolist(),
     }
 
 
-def evaluate(assistant: Any, run: str | Path, only: Sequence[str] = (), limit: int = 0) -> list:
-    """All tasks of the recipe at all of its settings; returns and appends the result rows."""
-    recipe, run = assistant.model.recipe, Path(run)
+def evaluate(assistant: Any, run: Path, only: Sequence[str] = (), limit: int = 0) -> list[dict]:
+    """All tasks of the recipe at all of its settings -> results; the first process appends new ones
+    to the run's results.jsonl. `only` names some of the tasks; `limit` is a number of questions.
+    """
+    recipe = assistant.model.recipe
+    file = run / "results.jsonl"
     if not recipe.tasks:
-        raise ValueError(f"the recipe of {run} has no tasks")
+        raise ValueError(f"the recipe of {run} has no tasks; give it some under `tasks`")
+    if unknown := sorted(set(only) - set(recipe.tasks)):
+        raise ValueError(f"unknown tasks {unknown}; choose from {list(recipe.tasks)}")
     tasks = {k: t for k, t in recipe.tasks.items() if t and (not only or k in only)}
-    if unknown := set(only) - set(recipe.tasks):
-        raise ValueError(f"unknown tasks {sorted(unknown)}; this recipe has {list(recipe.tasks)}")
-    digest, done, rows = weights_digest(run), read_lines(run / "results.jsonl"), []
+    weights = weights_digest(run)
+    known, results = read_lines(file), []  # every process reads before the first one writes
     for setting, changes in (recipe.settings or {"recipe": {}}).items():
         visual = with_visual(recipe, changes).visual
         for name, task in tasks.items():
             task = replace(task, samples=limit or task.samples)
-            asked = {"keys": asdict(task), "visual": asdict(visual), "seed": recipe.seed}
-            key = {"task": name, "setting": setting, "weights": digest, **asked}
-            row = next((r for r in done if key.items() <= r.items()), None)
-            if row is None:
-                row = evaluate_task(assistant, name, task, visual)
-                if row is None:
-                    continue
-                row = {**key, **row}
-                add_line(run / "results.jsonl", row)
-            rows.append(row)
-    return rows
+            # All that a score depends on. A changed key means another line, not another value.
+            key = {"task": name, "setting": setting, "weights": weights}
+            key |= {"keys": asdict(task), "visual": asdict(visual), "seed": recipe.seed}
+            result = next((line for line in known if is_result_of(line, key)), None)
+            if result is None:
+                result = key | evaluate_task(assistant, name, task, visual)
+                if ranks()[0] == 0:
+                    add_line(file, result)
+            results.append(result)
+    return results
+
+
+def is_result_of(line: dict, key: dict) -> bool:
+    """Does a line of results.jsonl hold the result of this key?
+
+    The line may be older than a key of Task or Visual: one that it lacks counts as its default.
+    """
+    keys = asdict(Task("", "")) | line.get("keys", {})
+    visual = asdict(Visual()) | line.get("visual", {})
+    return key.items() <= (line | {"keys": keys, "visual": visual}).items()
 
 
 def weights_digest(folder: Path) -> str:
-    """Tells the weights of a folder apart, in one file or in several."""
-    found = hashlib.sha256()
+    """A hash of the weights in a folder, whether they are in one file or in several."""
+    digest = hashlib.sha256()
+    # Sorted, because a folder has no order of its own.
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as weights:
-            hashlib.file_digest(weights, lambda: found)
-    return found.hexdigest()[:12]
+            hashlib.file_digest(weights, lambda: digest)  # goes on with this digest
+    return digest.hexdigest()[:12]
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The rows of a .jsonl file; what is no whole line, after a kill, is left out."""
-    rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    """The objects of a .jsonl file; a line that was torn by a kill is skipped."""
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else []:
         with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)]
 
 
-def add_line(file: Path, row: dict) -> None:
-    """Append a row, after half a line on a line of its own."""
+def add_line(file: Path, line: dict) -> None:
+    """Append an object to a .jsonl file, on a line of its own even after a torn one."""
     with file.open("ab+") as out:
+        # Half a line that a kill left behind is closed first, or this line would be lost with it.
         out.seek(-min(1, out.tell()), os.SEEK_END)
-        torn = out.read() not in (b"", b"\n")
-        out.write(("\n" * torn + json.dumps(row) + "\n").encode())
+        is_torn = out.read() not in (b"", b"\n")
+        out.write(("\n" * is_torn + json.dumps(line) + "\n").encode())

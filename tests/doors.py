@@ -1,4 +1,4 @@
-"""The doors through which files come that nobody vouches for; each may raise what a user can mend.
+"""Where files enter that nobody vouches for; each entrance may raise what a user can fix.
 
     python tests/doors.py image --seconds 600     # atheris (pip install atheris), one door
 

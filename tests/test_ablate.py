@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from nanollava.ablations import ablate, results, rows, verdicts
 from nanollava.anyres import layout
-from nanollava.evaluate import digits, read_lines
+from nanollava.evaluate import DIGITS, read_lines
 from nanollava.metrics import f1
 from nanollava.recipe import read_recipe, used_sources
 
@@ -299,7 +299,7 @@ def line(row, seed, score, rows=None, **keys):
         "metric": "nano_f1_yes" if rows.ndim > 1 else "nano_anls",
         "score": score,
         "n": len(rows),
-        "each": digits(rows),
+        "each": "".join(DIGITS[i] for i in np.rint(63 * rows).astype(int).ravel()),
     }
     return {"row": row, "seed": seed, "tasks": {"t": task}, **keys}
 

@@ -12,16 +12,20 @@ from launching import ROOT
 from nanollava.anyres import Visual, open_image
 from nanollava.checkpoint import save
 from nanollava.evaluate import (
+    DIGITS,
     add_line,
     answer_all,
     chance,
     evaluate,
+    evaluate_task,
     interval,
+    question_scores,
     questions,
     read_lines,
     weights_digest,
 )
 from nanollava.generate import Assistant, load
+from nanollava.metrics import METRICS, f1
 from nanollava.model import VLM
 from nanollava.prompts import Turn
 from nanollava.recipe import Task
@@ -57,6 +61,75 @@ def test_only_what_was_asked_before_is_read_back(trained):
     evaluate(assistant, run)
     rows = read_lines(run / "results.jsonl")
     assert len(rows) == 3 and rows[2]["metric"] == "edit" and rows[0]["n"] == 6
+
+
+def test_a_key_that_an_old_line_lacks_counts_as_its_default(trained, tmp_path, monkeypatch):
+    """A key that is added to Task or Visual later does not orphan older results."""
+    assistant, run = Assistant(trained[0].model), tmp_path
+    monkeypatch.setattr(assistant.model, "recipe", assistant.model.recipe)  # put back at the end
+    changed(assistant, tasks={"nano-old": Task(SOURCE, "exact", samples=4)}, settings={})
+    file = run / "results.jsonl"
+    evaluate(assistant, run)
+    (line,) = read_lines(file)
+    del line["keys"]["max_new_tokens"], line["keys"]["split"], line["visual"]["arrange"]
+    file.write_text(json.dumps(line) + "\n")
+    assert evaluate(assistant, run) == [line] == read_lines(file), "nothing was added"
+    for change in ({"max_new_tokens": 3}, {"split": "val"}, {"samples": 3}):
+        changed(assistant, tasks={"nano-old": replace(Task(SOURCE, "exact", samples=4), **change)})
+        (result,) = evaluate(assistant, run)
+        assert result != line and len(read_lines(file)) == 2, change
+        file.write_text(json.dumps(line) + "\n")
+    changed(assistant, tasks={"nano-old": Task(SOURCE, "exact", samples=4)})
+    changed(assistant, visual=replace(assistant.model.recipe.visual, arrange="flat"))
+    assert evaluate(assistant, run) != [line]
+
+
+def as_characters(scores):
+    """Scores as result lines had them before they were numbers."""
+    return "".join(DIGITS[i] for i in np.rint(63 * np.asarray(scores)).astype(int).ravel())
+
+
+@pytest.mark.parametrize("metric", ["nano_anls", "nano_f1_yes", "edit"])
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_scores_are_read_as_numbers_and_as_characters(metric, n):
+    """Both forms give a verdict the same array, within half a step of the characters' 64."""
+    rng = np.random.default_rng(n)
+    scores = rng.integers(0, 2, (n, 2)) if "f1" in metric else rng.random(n)
+    new = {"metric": metric, "n": n, "each": np.round(scores, 4).tolist()}
+    old = new | {"each": as_characters(scores)}
+    new, old = (question_scores(json.loads(json.dumps(line))) for line in (new, old))
+    assert new.shape == old.shape == scores.shape and new.dtype == old.dtype == float
+    assert np.abs(new - scores).max() <= 0.5e-4 and np.abs(old - new).max() <= 1 / 126 + 1e-4
+    if "f1" in metric:
+        assert (new == scores).all() and (old == scores).all(), "0 and 1 are exact"
+    total = METRICS[metric][1]
+    assert total(new) == pytest.approx(total(old), abs=1 / 126)
+
+
+def test_a_result_holds_its_scores_as_numbers(trained):
+    assistant, _ = trained
+    visual = assistant.model.recipe.visual
+    task = Task(SOURCE, "edit", samples=6, max_new_tokens=3)
+    result = json.loads(json.dumps(evaluate_task(assistant, "nano-mixed", task, visual)))
+    assert len(result["each"]) == result["n"] == 6
+    assert result["each"] == [round(score, 4) for score in result["each"]]
+    assert question_scores(result).mean() == pytest.approx(result["score"], abs=1e-4)
+    result = evaluate_task(assistant, "nano-mixed", replace(task, metric="f1_yes"), visual)
+    assert len(result["each"]) == 6 and {len(pair) for pair in result["each"]} == {2}
+    assert f1(question_scores(result)) == result["score"]
+
+
+def test_committed_lines_are_still_read():
+    """Those of the ablations, which were measured when scores were characters."""
+    forms = set()
+    for line in read_lines(ROOT / "recipes/ablations/results/lifting.jsonl"):
+        for task in line["tasks"].values():
+            scores = question_scores(task)
+            assert len(scores) == task["n"] >= 500 and 0 <= scores.min() <= scores.max() <= 1
+            total = METRICS[task["metric"]][1]
+            assert total(scores) == pytest.approx(task["score"], abs=0.008)
+            forms.add((type(task["each"]), scores.ndim))
+    assert (str, 1) in forms and (str, 2) in forms
 
 
 def test_half_a_line_is_left_out(trained, tmp_path):

@@ -70,7 +70,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(whole, tmp_path, monkeypatch):
         write(state, name)
 
     monkeypatch.setattr(composer.utils.checkpoint, "_write_checkpoint_file", full)
-    told = "no space left in .*run: make room, run it again"
+    told = "no space left in .*run. Free some and run it again"
     stops(whole, tmp_path / "run", OSError, told)
     assert "stage2-ba6" in before[-2]
     monkeypatch.undo()
@@ -85,7 +85,7 @@ def test_a_disk_that_is_full_when_a_stage_ends(whole, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(parts, "save_file", full)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage(1, 1, 0))
-    stops(whole, tmp_path / "run", OSError, "no space left in .*run: make room")
+    stops(whole, tmp_path / "run", OSError, "no space left in .*run. Free some")
     monkeypatch.undo()
     again(whole, tmp_path / "run")
 

@@ -1,4 +1,4 @@
-"""Mutated files through every door (doors.py): a result, or an error that a user can mend.
+"""Mutated files through every door (doors.py): a result, or an error that a user can fix.
 
 `pytest -m slow tests/test_fuzz.py` tries twenty times as many.
 """

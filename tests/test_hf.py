@@ -456,7 +456,7 @@ def test_missing_and_misshapen_tensors_are_named(damage, told, copied):
 def test_half_a_file_and_no_file_are_told(copied):
     file = copied.folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
         load(copied.folder)
     file.unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors"):

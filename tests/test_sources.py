@@ -2,18 +2,22 @@
 
 import errno
 import getpass
+import importlib
 import io
 import json
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import zipfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +107,230 @@ def test_a_file_imports_its_neighbours_and_can_be_mended(tmp_path):
     other.parent.mkdir()
     other.write_text("def f():\n    return 'other'\n")
     assert function_of(f"{other}:f")() == "other", "two files of one name are two modules"
+
+
+# ---- a user's own files
+
+
+def write_files(folder, **texts):
+    """A folder of Python files: name="source"."""
+    for name, text in texts.items():
+        file = folder / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return folder
+
+
+def call(folder, name="mine", function="f"):
+    return function_of(f"{folder}/{name}.py:{function}")()
+
+
+def test_two_users_files_and_neighbours_of_one_name(tmp_path):
+    for name in "ab":
+        pages = f"import fonts\nTEXT = '{name}' + fonts.SIZE\n"
+        mine = "from pages import TEXT\ndef f():\n    import pages\n    return TEXT, pages.TEXT\n"
+        write_files(tmp_path / name, mine=mine, pages=pages, fonts=f"SIZE = '{ord(name)}'\n")
+    assert call(tmp_path / "a") == ("a97", "a97") and call(tmp_path / "b") == ("b98", "b98")
+    assert call(tmp_path / "a") == ("a97", "a97"), "still its own"
+    assert not {"pages", "fonts", "mine"} & set(sys.modules)
+
+
+NANO_AND_MINE = """
+import sys
+from nanollava.sources import function_of
+def nano():
+    records = list(function_of("{root}/recipes/nano/world.py:doc")("test", 2, 0))
+    assert len(records) == 2
+def mine():
+    assert function_of("{folder}/mine.py:f")() == "hello"
+for step in sys.argv[1:]:
+    dict(nano=nano, mine=mine)[step]()
+"""
+
+
+@pytest.mark.parametrize("order", ["nano mine nano", "mine nano mine"])
+def test_a_users_pages_and_those_of_the_nano_world(tmp_path, order):
+    """In a process of its own: the order is that of the first imports."""
+    mine = "import pages\ndef f():\n    return pages.HELLO\n"
+    folder = write_files(tmp_path / "user", mine=mine, pages="HELLO = 'hello'\n")
+    write_files(tmp_path, run=NANO_AND_MINE.format(root=ROOT, folder=folder))
+    subprocess.run([sys.executable, tmp_path / "run.py", *order.split()], check=True, cwd=ROOT)
+
+
+def test_a_neighbour_is_imported_when_a_function_runs(tmp_path):
+    write_files(tmp_path, mine="def f():\n    from late import X\n    return X\n")
+    function = function_of(f"{tmp_path}/mine.py:f")
+    with pytest.raises(ModuleNotFoundError, match="late"):
+        function()
+    write_files(tmp_path, late="import later\nX = later.X\n", later="X = 5\n")
+    assert function() == 5, "written after the first import of the folder"
+
+
+def test_neighbour_packages(tmp_path):
+    """Submodules, relative and absolute, and each form of the import statement."""
+    mine = """
+import tools.text
+import tools.deep.inner as inner
+from tools import number, text as words
+from tools.deep import inner as same
+from tools.text import *
+from . import plain
+from .plain import P
+from .tools import number as numbered
+def f():
+    import plain as again
+    assert same is inner and words is tools.text and again is plain and numbered is number
+    return tools.text.T, number.N, inner.I, STARRED, P
+"""
+    write_files(
+        tmp_path,
+        mine=mine,
+        plain="P = 'p'\n",
+        **{
+            "tools/__init__": "from . import number\n",
+            "tools/text": "import plain\nfrom .number import N\nT, STARRED = f'{plain.P}{N}', 's'",
+            "tools/number": "N = 3\n",
+            "tools/deep/__init__": "",
+            "tools/deep/inner": "import tools.number\nfrom ..text import T\nI = T * tools.number.N",
+        },
+    )
+    assert call(tmp_path) == ("p3", 3, "p3p3p3", "s", "p")
+
+
+def test_a_folder_without_init_is_a_package_unless_something_installed_has_its_name(tmp_path):
+    """As in a script: a user's folder of data, datasets/, does not hide the library datasets."""
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "list.json").write_text("[]")
+    write_files(
+        tmp_path,
+        mine="import bare.inner, datasets\ndef f():\n    return bare.inner.X, datasets.Dataset\n",
+        outer="X = 4\n",
+        **{"bare/inner": "from outer import X\n"},
+    )
+    assert call(tmp_path) == (4, datasets.Dataset)
+
+
+def test_a_neighbour_named_like_the_standard_library_stays_at_home(tmp_path):
+    write_files(
+        tmp_path,
+        mine="import random, json.decoder, other\ndef f():\n    return random.MINE, other.MINE\n",
+        other="from random import MINE\n",
+        random="import string\nMINE = string.digits\n",
+    )
+    before = sys.modules["random"]
+    assert call(tmp_path) == ("0123456789",) * 2
+    import random
+
+    assert random is before and random.random() < 1 and not hasattr(random, "MINE")
+    write_files(tmp_path / "b", mine="import random\ndef f():\n    return random.random()\n")
+    assert call(tmp_path / "b") < 1, "nor does the next user see it"
+
+
+def test_a_neighbour_that_fails_leaves_nothing_behind_and_can_be_corrected(tmp_path):
+    write_files(
+        tmp_path,
+        mine="import good, bad\ndef f():\n    return bad.X\n",
+        good="X = 1\n",
+        bad="X = 2\n1 / 0\n",
+    )
+    for _ in range(2):
+        before = set(sys.modules)
+        with pytest.raises(ZeroDivisionError):
+            import_file(tmp_path / "mine.py")
+        left = {name.rpartition(".")[2] for name in set(sys.modules) - before}
+        assert not left & {"mine", "bad"}
+    write_files(tmp_path, bad="X = 22\n")
+    assert call(tmp_path) == 22
+
+
+@pytest.mark.parametrize("name", ["my-source", "my source", "source.v2", "2nd", "class"])
+def test_a_file_whose_name_is_no_identifier(tmp_path, name):
+    (tmp_path / f"{name}.py").write_text(
+        "from . import near\nimport near as same\ndef f():\n"
+        "    return near.X, same is near, __file__\n"
+    )
+    write_files(tmp_path, near="X = 6\n", source="X = 'another file'\n")
+    file = tmp_path / f"{name}.py"
+    assert call(tmp_path, name) == (6, True, str(file))
+    assert import_file(file) is import_file(str(file))
+
+
+def test_a_file_and_a_package_of_one_name(tmp_path):
+    write_files(tmp_path, mine="def f():\n    return 'file'\n", **{"mine/__init__": ""})
+    assert call(tmp_path) == "file", "FILE.py is what was asked for"
+    assert import_file(tmp_path / "mine" / "__init__.py").__file__.endswith("__init__.py")
+
+
+def test_files_that_import_each_other(tmp_path):
+    write_files(
+        tmp_path,
+        mine="X = 1\nimport other\ndef f():\n    return other.g()\n",
+        other="import mine\ndef g():\n    return mine.X, mine.f\n",
+    )
+    assert call(tmp_path) == (1, function_of(f"{tmp_path}/mine.py:f")), "one module, not two"
+
+
+def test_threads_get_one_whole_module(tmp_path):
+    mine = "import time, slow\ntime.sleep(0.3)\ndef f():\n    return slow.LOADED\n"
+    slow = "import time\ntime.sleep(0.3)\nLOADED = object()\n"
+    write_files(tmp_path, mine=mine, slow=slow)
+    with ThreadPoolExecutor(8) as pool:
+        loaded = list(pool.map(lambda _: call(tmp_path), range(8)))
+    assert len(set(loaded)) == 1
+
+
+def test_dataclasses_and_pickles_of_a_users_file(tmp_path):
+    """A function and an object travel to a forked process and back."""
+    mine = """
+from __future__ import annotations
+from dataclasses import dataclass, field
+from typing import ClassVar, get_type_hints
+import near
+@dataclass
+class Page:
+    SIZE: ClassVar[int] = 3
+    word: str = near.WORD
+    lines: list[Page] = field(default_factory=list)
+def f(page=None):
+    import near
+    return Page(near.WORD * Page.SIZE, [page] if page else [])
+def g():
+    return f
+"""
+    write_files(tmp_path, mine=mine, near="WORD = 'tax'\n")
+    function = function_of(f"{tmp_path}/mine.py:f")
+    page = function()
+    assert page.word == "taxtaxtax" and pickle.loads(pickle.dumps(page)) == page
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        assert pool.submit(function, page).result(60) == function(page)
+        assert pool.submit(call, tmp_path, "mine", "g").result(60) is function
+
+
+def test_the_import_system_works_as_before(tmp_path):
+    """Libraries call invalidate_caches, torch.distributed.nn among them."""
+    write_files(tmp_path, mine="def f():\n    return 1\n")
+    assert call(tmp_path) == 1
+    importlib.invalidate_caches()
+    with pytest.raises(ModuleNotFoundError, match="nanollava_user_nobody"):
+        importlib.import_module("nanollava_user_nobody.mine")
+
+
+def test_our_own_package_stays_ours(tmp_path):
+    """Next to a checkout, or to a file of that name, nanollava is still the one that runs."""
+    write_files(
+        tmp_path,
+        mine="import nanollava.sources\ndef f():\n    return nanollava.sources\n",
+        **{"nanollava/__init__": "1 / 0\n"},
+    )
+    assert call(tmp_path) is sys.modules["nanollava.sources"]
+
+
+def test_a_link_brings_the_neighbours_of_what_it_points_to(tmp_path):
+    write_files(tmp_path / "a", mine="import near\ndef f():\n    return near.X\n", near="X = 7\n")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "link.py").symlink_to(tmp_path / "a" / "mine.py")
+    assert call(tmp_path / "b", "link") == 7
+    assert import_file(tmp_path / "b" / "link.py") is import_file(tmp_path / "a" / "mine.py")
 
 
 def test_samples_is_a_limit(tmp_path):
@@ -520,16 +748,18 @@ def failing(kind):
     [
         (
             RepositoryNotFoundError,
-            "look at huggingface.co/datasets/old/name: it may have another name",
+            "Look at huggingface.co/datasets/old/name: it may have another name",
         ),
-        (GatedRepoError, "accept its terms there, then `hf auth login`"),
+        (GatedRepoError, "want its terms accepted (then run `hf auth login`)"),
     ],
 )
 def test_a_renamed_or_gated_dataset_is_named(tmp_path, monkeypatch, kind, advice):
     monkeypatch.setattr(readers, "snapshot_download", failing(kind))
     with pytest.raises(FileNotFoundError) as error:
         read("parquet:hf://datasets/old/name/data/*.parquet")
-    assert str(error.value).startswith("datasets/old/name: data/*.parquet could not be had: 404")
+    assert str(error.value).startswith(
+        "datasets/old/name: data/*.parquet cannot be downloaded: 404"
+    )
     assert advice in str(error.value)
 
 
@@ -676,7 +906,7 @@ def test_shards_give_back_what_went_in(mixed, capsys):
         "blank",
     ]
     assert "unreadable image" in bad[0] and "gone.png" in bad[1]
-    assert "0 <image> in the conversation for 1 images" in bad[4]
+    assert "0 <image> for 1 images; write one for each" in bad[4]
     assert "mix: 3 records, 7 left out: cut: unreadable image" in capsys.readouterr().out
 
 
@@ -783,7 +1013,7 @@ def test_a_full_disk_keeps_what_is_whole(tmp_path, monkeypatch):
         write(self, sample)
 
     monkeypatch.setattr(data.MDSWriter, "write", full)
-    with pytest.raises(OSError, match="no space left in .*: make room, run it again"):
+    with pytest.raises(OSError, match="no space left in .*. Free some and run it again"):
         prepare_source(recipe, "a")
     part = Path(f"{shard_folder(recipe, 'a')}.part")
     assert sorted(p.name for p in part.iterdir()) == ["00000", "00001"], "room for others"

@@ -16,39 +16,44 @@ from nanollava.prompts import PLACEHOLDER
 
 
 def save_sample(assistant: Any, run: str | Path) -> str:
-    """Write an image of the first task, one that is answered right if there is one soon, into the
-    run folder; returns the command that asks about it.
+    """Write an image of the first task into the run folder; returns the command that asks about it.
+
+    It is the first question of 20 that the model answers right, or else the last of them.
     """
-    recipe, file = assistant.model.recipe, Path(run) / "sample.png"
+    recipe = assistant.model.recipe
     task = next(task for task in recipe.tasks.values() if task)
     score, total = METRICS[task.metric]
-    told = f"python -m nanollava chat {run} IMAGE QUESTION"
+    file = Path(run) / "sample.png"
+    command = f"python -m nanollava chat {run} IMAGE QUESTION"
+    # A right answer makes the better example, but a weak model may not give one soon.
     few = replace(task, samples=min(20, task.samples or 20))
     for turns, images, reference in questions(few, recipe.seed):
-        if images:
-            question = turns[-1].text.replace(PLACEHOLDER, "").strip()
-            answer = assistant.chat(images[0], question, max_new_tokens=task.max_new_tokens)
-            file.write_bytes(images[0])
-            told = f'python -m nanollava chat {run} {file} "{question}"  # true: {reference}'
-            if total(np.array([score(answer, reference)], dtype=float)) == 1:
-                break
-    return told
+        if not images:
+            continue
+        question = turns[-1].text.replace(PLACEHOLDER, "").strip()
+        answer = assistant.chat(images[0], question, max_new_tokens=task.max_new_tokens)
+        file.write_bytes(images[0])
+        command = f'python -m nanollava chat {run} {file} "{question}"  # true: {reference}'
+        # METRICS score many answers at once: here they are one.
+        if total(np.array([score(answer, reference)], dtype=float)) == 1:
+            break
+    return command
 
 
-def show_scores(rows: Sequence[dict]) -> None:
-    """Print scores by task and setting, each with its 95% interval."""
-    cells: dict[str, dict[str, str]] = {}
-    for row in rows:
-        mine = cells.setdefault(row["task"], {"metric": row["metric"]})
-        score, low, high, mine["chance"] = (
-            f"{100 * row[key]:.1f}" for key in ("score", "low", "high", "chance")
-        )
-        mine[row["setting"]] = f"{score} [{low}, {high}]"
-    columns = list(dict.fromkeys(key for mine in cells.values() for key in mine))
+def show_scores(results: Sequence[dict]) -> None:
+    """Print the scores of each task at each setting, with their 95% intervals."""
+    rows: dict[str, dict[str, str]] = {}  # task: {column: text}
+    for result in results:
+        percent = {key: f"{100 * result[key]:.1f}" for key in ("score", "low", "high", "chance")}
+        row = rows.setdefault(result["task"], {"metric": result["metric"]})
+        row["chance"] = percent["chance"]
+        row[result["setting"]] = "{score} [{low}, {high}]".format(**percent)
+    # In the order of their first appearance: metric, chance, then the settings.
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
     table = Table(title="score in %, with its 95% interval over questions", box=SIMPLE)
     table.add_column("task", no_wrap=True)
-    for key in columns:
-        table.add_column(key, justify="left" if key == "metric" else "right")
-    for name, mine in cells.items():
-        table.add_row(name, *(mine.get(key, "") for key in columns))
+    for column in columns:
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for task, row in rows.items():
+        table.add_row(task, *(row.get(column, "") for column in columns))
     Console().print(table)
