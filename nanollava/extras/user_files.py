@@ -64,15 +64,14 @@ class UserLoader(SourceFileLoader):
 class UserFinder(MetaPathFinder):
     """Finds the modules below a user's folder, so that UserLoader runs them too."""
 
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if not name.startswith(USER_PACKAGE) or path is None:
             return None
         found = (FileFinder(place, (UserLoader, [".py"])).find_spec(name) for place in path)
         return next((spec for spec in found if spec is not None), None)
 
 
-sys.meta_path.append(UserFinder)
+sys.meta_path.append(UserFinder())
 
 
 def import_neighbour(
