@@ -9,16 +9,13 @@ import torch
 from launching import ROOT, command, write_recipe
 from peer import stage_documents
 
-from nanollava.cost import forward_flops
+from nanollava.cost import forward_flops, rates
 from nanollava.data import prepare
-from nanollava.extras import plan as PLAN
+from nanollava.extras.plan import Sketch, memory, padding, parts_of, plan, sketches
 from nanollava.model import VLM
 from nanollava.recipe import Source, Stage, read_recipe
-from nanollava.sequence import pack
+from nanollava.sequence import Writer, pack
 from nanollava.train import ComposerVLM
-
-Sketch, memory, padding, parts_of = PLAN.Sketch, PLAN.memory, PLAN.padding, PLAN.parts_of
-plan, sketches = PLAN.plan, PLAN.sketches
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +84,13 @@ def test_activations_are_those_that_autograd_keeps(train, again):
     }
     need = memory(recipe, stage, model, total, 1, "fp32")
     kept = kept_bytes(model, packed)
-    told = need["activations"] + need["logits"]
-    print(f"{train}, recomputed {again}: kept {kept / 1e6:.1f} MB, told {told / 1e6:.1f} MB")
+    planned = need["activations"] + need["logits"]
+    print(f"{train}, recomputed {again}: kept {kept / 1e6:.1f} MB, planned {planned / 1e6:.1f} MB")
     if again:  # and, later, one block of three as a whole
         model.checkpoint_activations(False)
-        assert kept < told < kept + kept_bytes(model, packed) / 2
+        assert kept < planned < kept + kept_bytes(model, packed) / 2
     else:
-        assert told == pytest.approx(kept, rel=0.1)
+        assert planned == pytest.approx(kept, rel=0.1)
 
 
 def test_padding_is_what_the_longest_of_eight_costs(monkeypatch):
@@ -107,8 +104,8 @@ def test_a_sample_costs_what_the_table_of_real_widths_says():
     """(4+1) x 729 visual and 350 text positions, SO400M and Qwen1.5-0.5B: GFLOP forward."""
     recipe = read_recipe(ROOT / "recipes/qwen05b.yaml")
     parts = parts_of(recipe)
-    rate = PLAN.rates(parts)
-    writer = PLAN.Writer(None, recipe.visual, 384, 27, "qwen_1_5")
+    rate = rates(parts)
+    writer = Writer(None, recipe.visual, 384, 27, "qwen_1_5")
     lays = writer.layouts([type("Image", (), {"size": (768, 768)})])
     length = lays[0].tokens + 350
     forward = forward_flops(rate, [Sketch(range(length), lays, 170)], 729, True)
@@ -162,25 +159,30 @@ def test_sources_that_cannot_be_looked_at_are_assumed_and_said_so():
     assert found["samples"] == 779_289 and found["steps"] == 779_289 // 64
     bare = replace(recipe.sources["blip558k"], assume=type(recipe.sources["blip558k"].assume)())
     recipe = replace(recipe, sources={"blip558k": bare})
-    with pytest.raises(ValueError, match="sources.blip558k: neither shards.*prepare.*assume.sizes"):
+    with pytest.raises(
+        ValueError, match="sources.blip558k has neither shards nor `assume.sizes`: run prepare"
+    ):
         sketches(recipe, "blip558k", None)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "told"),
+    ("sizes", "given"),
     [
-        ({"640": 1.0}, "640: 1.0; expected e.g. 640x480"),
-        ({"0x480": 1.0}, "0x480: 1.0; expected"),
-        ({"640x480": 70.0}, "640x480: 70.0; expected"),
-        ({"none": 0.0}, "none: 0.0; expected"),
+        ({"640": 1.0}, "640: 1.0"),
+        ({"0x480": 1.0}, "0x480: 1.0"),
+        ({"640x480": 70.0}, "640x480: 70.0"),
+        ({"none": 0.0}, "none: 0.0"),
     ],
 )
-def test_assumptions_that_mean_nothing_are_refused(sizes, told):
+def test_assumptions_that_mean_nothing_are_refused(sizes, given):
     recipe = read_recipe(ROOT / "recipes/qwen05b.yaml")
     source = recipe.sources["blip558k"]
     wrong = replace(source, assume=replace(source.assume, sizes=sizes))
     recipe = replace(recipe, sources={"blip558k": wrong})
-    with pytest.raises(ValueError, match=f"sources.blip558k.assume.sizes: {told}"):
+    message = (
+        f"sources.blip558k.assume.sizes has {given}. Give .* such as 640x480: 0.7 or none: 0.3"
+    )
+    with pytest.raises(ValueError, match=message):
         sketches(recipe, "blip558k", None)
 
 
@@ -188,7 +190,9 @@ def test_a_source_of_unknown_size_or_without_records_is_named(tmp_path, tiny):
     own = tmp_path / "own.py"
     own.write_text("def some(**_):\n    yield {'id': 'a', 'image': [b'?'], 'conversations': []}\n")
     sources = {"mine": Source(f"{own}:some")}
-    with pytest.raises(ValueError, match="sources.mine: how many. Say `samples` or `expected`"):
+    with pytest.raises(
+        ValueError, match="sources.mine has an unknown number.*: set `samples` or `expected`"
+    ):
         sketches(replace(tiny, sources=sources), "mine", None)
     sources = {"mine": Source(f"{own}:some", samples=1)}
     recipe = replace(tiny, sources=sources)
@@ -203,7 +207,7 @@ def test_impossible_machines_are_refused(tiny, keys):
 
 
 def test_the_command_prints_a_table_or_json(tmp_path):
-    told = command("-m", "nanollava", "plan", ROOT / "recipes/nano.yaml")
-    assert "padding would add" in told and "stage1_5" in told
+    printed = command("-m", "nanollava", "plan", ROOT / "recipes/nano.yaml")
+    assert "padding would add" in printed and "stage1_5" in printed
     stages = json.loads(command("-m", "nanollava", "plan", ROOT / "recipes/nano.yaml", "--json"))
     assert list(stages) == ["stage1", "stage1_5", "stage2"] and stages["stage2"]["flops"] > 1e12

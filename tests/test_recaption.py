@@ -26,13 +26,14 @@ def nano():
 def run(monkeypatch, nano):
     """The command in this process, in chunks of four."""
     monkeypatch.setattr(recaption, "CHUNK", 4)
-    monkeypatch.setattr("nanollava.generate.load", lambda model: nano)
+    monkeypatch.setattr(recaption, "load", lambda model: nano)
 
     def command_(out: Path, source=f"{WORLD}:short_captions", rank=(0, 1), **keys):
         for name, value in zip(("RANK", "WORLD_SIZE"), rank):
             monkeypatch.setenv(name, str(value))
-        keys = {"samples": 10, "max_new_tokens": 96, "prompt": "Describe the image."} | keys
-        recaption.main(source, ROOT / "demo/nano", out, **keys)
+        keys = {"samples": 10, "max_new_tokens": 96, "seed": 0} | keys
+        keys = {"prompt": "Describe the image."} | keys
+        recaption.recaption(source, ROOT / "demo/nano", out, **keys)
         return out
 
     return command_
@@ -92,6 +93,7 @@ def cycle(period, words):
         (Answer("a red circle", 9, False), ""),
         (Answer(" \n", 9, False), "empty"),
         (Answer("a red circle", 9, True), "cut off"),
+        (Answer(), "unreadable image"),
         (Answer("a cat sits. " * 20, 9, False), "repeats itself"),
         (Answer("no no no no", 9, False), ""),  # short texts may
         (Answer(" ".join(map(str, range(60))), 9, False), ""),
@@ -103,8 +105,8 @@ def cycle(period, words):
         (Answer("一只黑猫坐在木桌上，旁边放着两本打开的旧书和一杯热茶。", 9, False), ""),
     ],
 )
-def test_what_is_no_caption(answer, reason):
-    assert recaption.fault(answer) == reason
+def test_bad_captions_have_a_reason(answer, reason):
+    assert recaption.reject_reason(answer) == reason
 
 
 def test_what_is_left_out_is_counted_and_named(run, tmp_path):
@@ -143,15 +145,17 @@ def test_short_answers_are_cut_off(run, tmp_path):
     assert "0 captions; left out: 10 cut off" in (out / "README.md").read_text()
 
 
-def test_what_is_refused(run, tmp_path):
+def test_other_settings_and_unknown_sources_are_rejected(run, tmp_path):
     run(tmp_path / "out", samples=2)
-    with pytest.raises(ValueError, match="begun otherwise: samples: 2 -> 3. Give another --out"):
+    with pytest.raises(
+        ValueError, match="different settings: samples: 2 -> 3. Use the same .* another --out"
+    ):
         run(tmp_path / "out", samples=3)
-    with pytest.raises(ValueError, match="'blip' is no source: write KIND:WHERE.*blip558k"):
+    with pytest.raises(ValueError, match="'blip' is not a source: write KIND:WHERE.*blip558k"):
         run(tmp_path / "other", "blip")
 
 
-def test_a_mistyped_source_begins_nothing(run, tmp_path):
+def test_a_mistyped_source_writes_nothing(run, tmp_path):
     for wrong in ("jsonn:./list.json", f"{tmp_path}/none.py:some", "parquet:./none/*.parquet"):
         with pytest.raises((ValueError, OSError)):
             run(tmp_path / "out", wrong)
@@ -159,7 +163,7 @@ def test_a_mistyped_source_begins_nothing(run, tmp_path):
 
 
 def test_the_command(tmp_path):
-    told = command(
+    printed = command(
         "-m",
         "nanollava",
         "recaption",
@@ -171,7 +175,7 @@ def test_the_command(tmp_path):
         "--samples",
         3,
     )
-    assert "captions and their card are in" in told and len(read(tmp_path)) == 3
+    assert "captions and their dataset card are in" in printed and len(read(tmp_path)) == 3
 
 
 def test_the_nano_worlds_images_are_described_anew():
@@ -181,9 +185,9 @@ def test_the_nano_worlds_images_are_described_anew():
     assert 3 <= len(found) <= 5 and {r["id"] for r in found} <= {r["id"] for r in raw}
     known = {r["id"]: r for r in raw}
     for record in found:
-        (asked, told), before = record["conversations"], known[record["id"]]
-        assert record["image"] == before["image"] and asked["value"] == f"<image>\n{made.PROMPT}"
-        assert len(told["value"].split()) > len(before["conversations"][1]["value"].split())
+        (question, answer), before = record["conversations"], known[record["id"]]
+        assert record["image"] == before["image"] and question["value"] == f"<image>\n{made.PROMPT}"
+        assert len(answer["value"].split()) > len(before["conversations"][1]["value"].split())
 
 
 def test_each_process_takes_the_gpu_of_its_number(monkeypatch):

@@ -1,5 +1,6 @@
 """Where an answer looked: the orange lies on the right pixels, and the CLI writes the picture."""
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -72,7 +73,30 @@ def test_the_orange_lies_on_the_pixels_of_the_token(tiny_recipe, monkeypatch, ke
     assert picture.shape == (384, sum(panel), 3)
 
 
-def test_asking_first_is_asked_for(tiny_recipe):
+PICTURES = [  # of each of SETTINGS, as drawn before the code was rewritten
+    "62da7ca26100d818",
+    "1921ab58da4c0464",
+    "691030fe61ed64a9",
+    "107f9c99ed512ec5",
+    "6c3244345e019c24",
+]
+
+
+@pytest.mark.parametrize(("keys", "digest"), zip(SETTINGS, PICTURES))
+def test_a_picture_keeps_every_pixel(tiny_recipe, monkeypatch, keys, digest):
+    """A noise image of 230 x 140 pixels, with attention from 0 to 6 in turn."""
+    draw = np.random.default_rng(0)
+    visual = replace(tiny_recipe.visual, **keys)
+    assistant = Assistant(VLM(replace(tiny_recipe, visual=visual)))
+    noise = Image.fromarray(draw.integers(0, 256, (140, 230, 3), dtype=np.uint8))
+    assistant.chat(noise, "what is it?", max_new_tokens=1)
+    given = torch.arange(len(assistant.seen.document.ids)) % 7.0
+    monkeypatch.setattr(why, "attention", lambda *_: given)
+    pixels = np.asarray(assistant.why()).tobytes()
+    assert hashlib.sha256(pixels).hexdigest()[:16] == digest
+
+
+def test_without_an_answer_about_an_image_there_is_no_picture(tiny_recipe):
     assistant = Assistant(VLM(tiny_recipe))
     with pytest.raises(ValueError, match="chat first"):
         assistant.why()
@@ -81,7 +105,7 @@ def test_asking_first_is_asked_for(tiny_recipe):
     with pytest.raises(ValueError, match="answer is empty"):
         assistant.why()
     assistant.chat(None, "what is it?", max_new_tokens=2)
-    with pytest.raises(ValueError, match="no image"):
+    with pytest.raises(ValueError, match="had no image"):
         assistant.why()
 
 

@@ -2,9 +2,9 @@
 
     python tests/bench/planned.py
 
-Whole steps (forward, backward, clipping, AdamW) of stages 1.5 and 2 of `recipes/nano.yaml`: what
-stage 2's speed makes of stage 1.5's FLOPs, against its time. Then packs of 8 to 64 documents of
-one length: how far the times lie from a line through them.
+Whole steps (forward, backward, clipping, AdamW) of stages 1.5 and 2 of `recipes/nano.yaml`: the
+time of stage 1.5 as planned from its FLOPs at stage 2's speed, against its measured time. Then
+packs of 8 to 64 documents of one length: how far their times are from a straight line.
 """
 
 import sys
@@ -28,46 +28,47 @@ from nanollava.sequence import Document  # noqa: E402
 STEPS = 7
 
 
-def seconds(model: VLM, some: list[Document]) -> float:
+def seconds(model: VLM, documents: list[Document]) -> float:
     """CPU seconds of a training step on one pack, the median."""
     optimizer = torch.optim.AdamW(model.groups(1e-4, 1e-4, 1e-4, 0.0), fused=True)
-    times, all_in_one = [], sum(len(d.ids) for d in some)
+    positions = sum(len(d.ids) for d in documents)  # a microbatch that holds all of them
+    times = []
     for _ in range(STEPS + 2):
         begin = time.process_time()
-        peer.train_step(model, optimizer, some, all_in_one)
+        peer.train_step(model, optimizer, documents, positions)
         times.append(time.process_time() - begin)
-    return median(times[2:])
+    return median(times[2:])  # the first two warm up
 
 
 def speed(model: VLM, name: str) -> float:
-    """Useful FLOPs a second of a stage's steps."""
-    stage, keys = model.recipe.stages[name], model.recipe.visual
-    some = peer.stage_documents(model, name, 16)
-    forward = forward_flops(rates(model), some, model.spec.side**2, keys.pool_after_projector)
-    model.set_trainable(stage.train)
-    return step_flops(forward, TRAIN[stage.train]) / seconds(model, some)
+    """Useful FLOPs per second of a stage's steps."""
+    train = model.recipe.stages[name].train
+    after = model.recipe.visual.pool_after_projector
+    documents = peer.stage_documents(model, name, 16)
+    forward = forward_flops(rates(model), documents, model.spec.side**2, after)
+    model.set_trainable(train)
+    return step_flops(forward, TRAIN[train]) / seconds(model, documents)
 
 
 def main() -> list[Row]:
     """The rows of C9 that need a clock."""
     torch.set_num_threads(1)
     model = VLM(read_recipe(ROOT / "recipes/nano.yaml", precision="fp32")).train()
-    found = {name: speed(model, name) for name in ("stage1_5", "stage2")}
-    off = 100 * abs(found["stage2"] / found["stage1_5"] - 1)
-    one, counts = (
-        max(peer.stage_documents(model, "stage2", 16), key=lambda d: len(d.ids)),
-        (8, 16, 32, 64),
-    )
-    times = [seconds(model, [one] * n) for n in counts]
+    speeds = {name: speed(model, name) for name in ("stage1_5", "stage2")}
+    error = 100 * abs(speeds["stage2"] / speeds["stage1_5"] - 1)
+    documents = peer.stage_documents(model, "stage2", 16)
+    longest = max(documents, key=lambda d: len(d.ids))
+    counts = (8, 16, 32, 64)
+    times = [seconds(model, [longest] * n) for n in counts]
     line = np.polyval(np.polyfit(counts, times, 1), counts)
     return [
         Row(
             "C9 stage 1.5's time, planned at stage 2's speed, is off by",
-            off,
+            error,
             "%",
             15,
             True,
-            ", ".join(f"{name} {each / 1e9:.1f} GFLOP/s" for name, each in found.items()),
+            ", ".join(f"{name} {flops / 1e9:.1f} GFLOP/s" for name, flops in speeds.items()),
         ),
         Row(
             "C9 8 to 64 documents of one length: off a line by",
@@ -75,7 +76,7 @@ def main() -> list[Row]:
             "%",
             5,
             True,
-            f"{1e6 * times[-1] / counts[-1] / len(one.ids):.1f} us a position",
+            f"{1e6 * times[-1] / counts[-1] / len(longest.ids):.1f} us a position",
         ),
     ]
 

@@ -3,7 +3,8 @@
     python tests/bench/real.py            # about three minutes and 20 GB on two CPU cores
 
 Stage 1 (projector only), then stage 2 (everything, activations recomputed), each in a process of
-its own: forward, backward, AdamW's step in float32; seconds and the peak of memory beside `plan`.
+its own: forward, backward, AdamW's step in float32. Prints the seconds, and the peak of memory next
+to what `plan` expects.
 """
 
 import resource
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import peer  # noqa: E402
 
 from nanollava.anyres import open_image  # noqa: E402
-from nanollava.extras.plan import memory
+from nanollava.extras.plan import memory  # noqa: E402
 from nanollava.prompts import Turn  # noqa: E402
 from nanollava.recipe import Stage  # noqa: E402
 from nanollava.sequence import pack  # noqa: E402
@@ -35,7 +36,7 @@ STAGES = {
 
 
 def step(name: str) -> None:
-    """One step, told in one line."""
+    """Take one step, and print one line about it."""
     torch.manual_seed(0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     stage = STAGES[name]
@@ -56,12 +57,12 @@ def step(name: str) -> None:
     assert loss.isfinite() and all(p.grad is not None for p in trained)
     stage = replace(stage, microbatch_tokens=1, batch_size=1)
     need = memory(model.recipe, stage, model, peer.averages([document]), 1, "fp32")
-    need = sum(need.values()) / 1e9
+    planned = sum(need.values()) / 1e9
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
     print(
         f"{name}: {len(document.views)} views, {len(document.ids)} positions, "
         f"{document.learned} supervised; loss {loss:.2f}; {seconds:.0f} s; "
-        f"peak {peak:.1f} GB, plan {need:.1f} GB"
+        f"peak {peak:.1f} GB, plan {planned:.1f} GB"
     )
 
 

@@ -3,8 +3,8 @@
     python tests/bench/recaption.py
 
 SigLIP and Qwen2 at a quarter of their widths, random weights, mosaic budget (9+1)T; batches of
-eight images, of mixed sizes and all alike; one thread, CPU time, in turns. The peer pads a batch
-to its longest prompt and to its most tiles.
+eight images, of mixed sizes or all of one size; one thread, CPU time, in turns. The peer pads a
+batch to its longest prompt and to its most tiles.
 """
 
 import sys
@@ -23,7 +23,7 @@ from nanollava.generate import Assistant  # noqa: E402
 from nanollava.prompts import Turn  # noqa: E402
 from nanollava.sequence import Document  # noqa: E402
 
-ROOM = 48  # captions are longer; of four images and 32 tokens the prompt takes nearly all the time
+MAX_NEW_TOKENS = 48  # real captions are longer; with fewer the prompts take nearly all the time
 MIXED = [
     (320, 240),
     (640, 480),
@@ -42,34 +42,35 @@ def main() -> list[Row]:
     visual = replace(peer.MOSAIC, max_grid="6x6", max_visual_tokens="(9+1)T")
     with tempfile.TemporaryDirectory() as folder:
         model = peer.ours(Path(folder), peer.QUARTER, visual)
-    other, ask = peer.peer_of(model), PROMPT
-    turn = [Turn("user", f"<image>\n{ask}", 1)]
-    writer, assistant = model.writer(), Assistant(model)
+    other = peer.peer_of(model)
+    turns = [Turn("user", f"<image>\n{PROMPT}", 1)]
+    writer = model.writer()
+    assistant = Assistant(model)
     rows = []
     for name, sizes in BATCHES.items():
         images = [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
-        documents = [writer(turn, [image], answer=True) for image in images]
+        documents = [writer(turns, [image], answer=True) for image in images]
         rows.append(compare(name, assistant, other, documents))
     return rows
 
 
 def compare(title: str, assistant: Assistant, other, documents: list[Document]) -> Row:
-    """One batch: equal captions, both times."""
+    """One batch: both write equal captions, and the times of both."""
     model = assistant.model
     prompts = peer.batch(model, documents, left=True)
 
     def theirs():
-        written = peer.write(other, prompts, ROOM)
+        written = peer.write(other, prompts, MAX_NEW_TOKENS)
         return model.tokenizer.batch_decode(written, skip_special_tokens=True)
 
     def ours():
-        return [text for text, _ in assistant.answer(documents, ROOM)]
+        return [text for text, _ in assistant.answer(documents, MAX_NEW_TOKENS)]
 
-    found = race({"peer": theirs, "ours": ours}, rounds=1)
+    times = race({"peer": theirs, "ours": ours}, rounds=1)
     lengths = [len(d.ids) for d in documents]
-    note = f"prompts of {min(lengths)} to {max(lengths)} positions, {told(found)}"
+    note = f"prompts of {min(lengths)} to {max(lengths)} positions, {told(times)}"
     return Row(
-        f"re-captions, eight images, {title}", ratio(found, "peer", "ours"), "x", 1.2, note=note
+        f"re-captions, eight images, {title}", ratio(times, "peer", "ours"), "x", 1.2, note=note
     )
 
 
