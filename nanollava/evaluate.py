@@ -6,12 +6,9 @@ interrupted evaluation resumes. With several processes, each answers its share o
 The nano tasks are named nano-something, because their scores are not those of a benchmark.
 """
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +19,7 @@ from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from nanollava.anyres import Visual, open_image
+from nanollava.files import add_line, read_lines, weights_digest
 from nanollava.metrics import METRICS
 from nanollava.prompts import Turn, read_turns
 from nanollava.recipe import Source, Task, with_visual
@@ -214,31 +212,3 @@ def is_result_of(line: dict, key: dict) -> bool:
     keys = asdict(Task("", "")) | line.get("keys", {})
     visual = asdict(Visual()) | line.get("visual", {})
     return key.items() <= (line | {"keys": keys, "visual": visual}).items()
-
-
-def weights_digest(folder: Path) -> str:
-    """A hash of the weights in a folder, whether they are in one file or in several."""
-    digest = hashlib.sha256()
-    # Sorted, because a folder has no order of its own.
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as weights:
-            hashlib.file_digest(weights, lambda: digest)  # goes on with this digest
-    return digest.hexdigest()[:12]
-
-
-def read_lines(file: Path) -> list[dict]:
-    """The objects of a .jsonl file; a line that was torn by a kill is skipped."""
-    lines = []
-    for text in file.read_text().splitlines() if file.exists() else []:
-        with suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
-    return [line for line in lines if isinstance(line, dict)]
-
-
-def add_line(file: Path, line: dict) -> None:
-    """Append an object to a .jsonl file, on a line of its own even after a torn one."""
-    with file.open("ab+") as out:
-        # Half a line that a kill left behind is closed first, or this line would be lost with it.
-        out.seek(-min(1, out.tell()), os.SEEK_END)
-        is_torn = out.read() not in (b"", b"\n")
-        out.write(("\n" * is_torn + json.dumps(line) + "\n").encode())

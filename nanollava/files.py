@@ -1,10 +1,12 @@
 """Files: written whole or not at all, and plain advice when a download fails or a disk is full."""
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError
@@ -76,3 +78,31 @@ def repository_file(name: str) -> Path:
     """A file or folder of recipes/ that commands need; an installed package has its own copy."""
     installed = PACKAGE / "recipes" / name
     return installed if installed.exists() else PACKAGE.parent / "recipes" / name
+
+
+def weights_digest(folder: Path) -> str:
+    """A hash of the weights in a folder, whether they are in one file or in several."""
+    digest = hashlib.sha256()
+    # Sorted, because a folder has no order of its own.
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as weights:
+            hashlib.file_digest(weights, lambda: digest)  # goes on with this digest
+    return digest.hexdigest()[:12]
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The objects of a .jsonl file; a line that was torn by a kill is skipped."""
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else []:
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def add_line(file: Path, line: dict) -> None:
+    """Append an object to a .jsonl file, on a line of its own even after a torn one."""
+    with file.open("ab+") as out:
+        # Half a line that a kill left behind is closed first, or this line would be lost with it.
+        out.seek(-min(1, out.tell()), os.SEEK_END)
+        is_torn = out.read() not in (b"", b"\n")
+        out.write(("\n" * is_torn + json.dumps(line) + "\n").encode())

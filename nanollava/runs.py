@@ -27,12 +27,6 @@ from nanollava.files import write_atomically
 from nanollava.recipe import Recipe, Stage, differences, read_recipe, write_recipe
 
 COLUMNS = ("stage", "step", "source", "loss", "tokens", "lr", "seconds")
-SMOOTHING = 10  # steps whose mean loss is shown and compared: single batches differ too much
-# A loss jumps if it exceeds both bounds over the steps before it: four standard deviations above
-# their mean, and 1.2 times their mean.
-JUMP_WINDOW = 20  # steps
-JUMP_DEVIATIONS = 4
-JUMP_RATIO = 1.2
 
 
 def check_run(recipe: Recipe) -> None:
@@ -162,31 +156,11 @@ def finish(run: Path, last_stage: Path) -> None:
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
 
-def expected_losses(reference: str, stage: str, steps: int) -> dict[int, str]:
-    """{step: " (expected 0.28-0.33)"}, the range of several reference runs at each step.
-
-    It is empty if they had another number of steps: another schedule has other losses.
-    """
-    lines = Path(reference).read_text().splitlines() if reference else []
-    rows = [row for row in csv.DictReader(lines) if row["stage"] == stage]
-    if len(rows) != steps:
-        return {}
-    return {int(row["step"]): f" (expected {row['low']}-{row['high']})" for row in rows}
-
-
-def find_jump(loss: float, before: Sequence[float]) -> str:
-    """A warning if a loss is far above those of the steps before it, or not a number; else ""."""
-    if not np.isfinite(loss):
-        return f"the loss is {loss}"
-    if len(before) < JUMP_WINDOW:
-        return ""
-    mean, deviation = np.mean(before), np.std(before)
-    if loss < mean + JUMP_DEVIATIONS * deviation or loss < JUMP_RATIO * mean:
-        return ""
-    return f"the loss jumps to {loss:.3g} from {mean:.3g} +- {deviation:.2g}"
-
-
 def print_stage(name: str, stage: Stage, counts: dict[str, int], steps: int) -> None:
     """Print what a stage trains, and on what; `counts` has 0 parameters for a frozen part."""
-    print(f"\n{name}: trained parameters {counts}, lr {stage.lr:g}, vision_lr {stage.vision_lr:g}")
-    print(f"  {steps:,} steps of {stage.batch_size} samples; sources and repeats {stage.mix}")
+    trained = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
+    frozen = ", ".join(part for part, count in counts.items() if not count)
+    mix = ", ".join(f"{source} x {times:g}" for source, times in stage.mix.items())
+    print(f"\n{name}: trains {trained} parameters; frozen: {frozen or 'nothing'}")
+    print(f"  lr {stage.lr:g}, vision_lr {stage.vision_lr:g}")
+    print(f"  {steps:,} steps of {stage.batch_size} samples: {mix}")

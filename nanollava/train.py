@@ -37,6 +37,7 @@ from nanollava import runs
 from nanollava.checkpoint import gather, load_weights, save
 from nanollava.cost import forward_flops, rates, step_flops
 from nanollava.data import STOP_SIGNALS, Loader, make_loader, prepare
+from nanollava.extras.losses import JUMP_WINDOW, SMOOTHING, expected_losses, find_jump
 from nanollava.files import explain_full_disk
 from nanollava.model import TRAIN, VLM
 from nanollava.recipe import Recipe, Stage
@@ -109,7 +110,7 @@ class Logging(Callback):
 
     def __init__(self, run: Path, stage: str, expected: dict[int, str]):
         self.run, self.stage, self.expected = run, stage, expected
-        self.recent: deque[float] = deque(maxlen=runs.JUMP_WINDOW)
+        self.recent: deque[float] = deque(maxlen=JUMP_WINDOW)
         self.bar: tqdm | None = None  # only the first process shows one
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -133,7 +134,7 @@ class Logging(Callback):
         # 2. What is unusual about this batch.
         step = state.timestamp.batch.value
         notes = [document.note for document in state.batch if document.note]
-        warning = runs.find_jump(loss, self.recent)
+        warning = find_jump(loss, self.recent)
         self.recent.append(loss)
         if warning:
             by_source = ", ".join(f"{source} {mean:.3g}" for source, mean, _ in losses[:-1])
@@ -149,7 +150,7 @@ class Logging(Callback):
         speed = (state.timestamp.token.value - self.start_tokens) / seconds
         lr = max(state.schedulers[0].get_last_lr())
         runs.add_losses(self.run, self.stage, step, losses, lr, seconds)
-        last = [*self.recent][-runs.SMOOTHING :]
+        last = [*self.recent][-SMOOTHING:]
         text = f"loss {sum(last) / len(last):.3f}{self.expected.get(step, '')}"
         self.bar.set_postfix_str(f"{text}, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update()
@@ -210,7 +211,7 @@ def make_trainer(recipe: Recipe, name: str, model: VLM, loader: Loader, stop: St
     """Composer's trainer for a stage, over a loader whose batches are lists of documents."""
     stage, run = recipe.stages[name], Path(recipe.run)
     steps = runs.steps_of(stage, len(loader))
-    logging = Logging(run, name, runs.expected_losses(recipe.reference, name, steps))
+    logging = Logging(run, name, expected_losses(recipe.reference, name, steps))
     clipping = Clipping(runs.gradient_scale() if recipe.shard else 1.0)
     data = DataSpec(
         loader,

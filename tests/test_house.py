@@ -22,7 +22,7 @@ ONE_PLACE = {  # a heavy library: the only modules that import it
     "composer": {"train"},
     "open_clip": {"encoder"},
     "timm": {"encoder"},
-    "transformers": {"llm", "hf.llava_onevision", "hf.export"},
+    "transformers": {"llm", "extras.blog_llms", "hf.llava_onevision", "hf.export"},
     "streaming": {"data"},
     "datasets": {"extras.readers", "extras.recaption"},
     "flash_attn": {"llm"},

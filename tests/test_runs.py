@@ -12,13 +12,11 @@ import pytest
 import torch
 from composer import Time
 
+from nanollava.extras.losses import JUMP_WINDOW, expected_losses, find_jump
 from nanollava.extras.reference import write_reference
 from nanollava.runs import (
-    JUMP_WINDOW,
     add_losses,
     check_run,
-    expected_losses,
-    find_jump,
     open_run,
     read_losses,
     rewind_losses,

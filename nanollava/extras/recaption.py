@@ -19,8 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nanollava.evaluate import Answer, answer_all, weights_digest
-from nanollava.files import repository_file, write_atomically
+from nanollava.evaluate import Answer, answer_all
+from nanollava.files import repository_file, weights_digest, write_atomically
 from nanollava.generate import Assistant, load
 from nanollava.prompts import PLACEHOLDER, Turn
 from nanollava.recipe import Source, read_recipe

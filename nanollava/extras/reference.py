@@ -9,8 +9,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from nanollava.extras.losses import SMOOTHING
 from nanollava.files import write_atomically
-from nanollava.runs import SMOOTHING, read_losses
+from nanollava.runs import read_losses
 
 
 def write_reference(runs: Iterable[str | Path], out: str | Path) -> None:
