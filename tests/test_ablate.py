@@ -6,6 +6,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +16,34 @@ import yaml
 from launching import ROOT, command, write_recipe
 from safetensors.torch import load_file
 
-from nanollava.ablations import ablate, results, rows, verdicts
+from nanollava.ablations import ablate, results, verdicts
+from nanollava.ablations.rows import UNSCORED, read_rows
 from nanollava.anyres import layout
 from nanollava.evaluate import DIGITS, read_lines
 from nanollava.metrics import f1
-from nanollava.recipe import read_recipe, used_sources
+from nanollava.recipe import Recipe, read_recipe, used_sources
 
 FILES = sorted((ROOT / "recipes/ablations").glob("*.yaml"))
+rows_of = cache(read_rows)  # several tests read all rows, and OmegaConf takes 0.1 s for each
 
 
-def rows_of(tmp_path, text: str, scale="nano") -> dict:
+@cache
+def recipe_of(base: Path, *keys: str) -> Recipe:
+    """A row's recipe with seed 0, read once."""
+    return read_recipe(base, [*keys])
+
+
+def rows_file(tmp_path, base: Path, rows="{a: {}}") -> Path:
+    file = tmp_path / "rows.yaml"
+    file.write_text(f"base: {{nano: {base}}}\nrows: {rows}\n")
+    return file
+
+
+def rows_in(tmp_path, text: str, scale="nano") -> dict:
     base = ROOT / "recipes"
     file = tmp_path / "rows.yaml"
     file.write_text(f"base: {{nano: {base}/nano_sweep.yaml, full: {base}/qwen05b.yaml}}\n{text}")
-    return rows.read_rows(file, scale)
+    return read_rows(file, scale)
 
 
 # ---- rows
@@ -44,7 +59,7 @@ rows:
   b: {nano: null}
   c: {full: null, nano: [llm=./nano/weights/llm_s]}
 """
-    nano, full = rows_of(tmp_path, text), rows_of(tmp_path, text, "full")
+    nano, full = rows_in(tmp_path, text), rows_in(tmp_path, text, "full")
     assert [*nano] == ["a", "c"] and [*full] == ["a", "b"]
     small = read_recipe(nano["a"].base, nano["a"].keys)
     large = read_recipe(full["a"].base, full["a"].keys)
@@ -59,61 +74,61 @@ rows:
 
 def test_a_role_that_a_base_lacks_is_named(tmp_path):
     with pytest.raises(ValueError, match="row a: roles.nano has no 'recap'"):
-        rows_of(tmp_path, "rows: {a: {keys: ['stages.stage1.sources={$recap: 1}']}}")
+        rows_in(tmp_path, "rows: {a: {keys: ['stages.stage1.sources={$recap: 1}']}}")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_every_row_is_a_recipe_of_the_nano_base_and_every_claim_has_its_rows(file):
-    read = rows.read_rows(file)
+    read = rows_of(file)
     for row in read.values():
-        recipe = read_recipe(row.base, row.keys)
+        recipe = recipe_of(row.base, *row.keys)
         tasks = {name for name, task in recipe.tasks.items() if task}
         assert all(recipe.tasks[name].samples >= 500 for name in tasks)
         doors = [*map(recipe.sources.get, used_sources(recipe)), *map(recipe.tasks.get, tasks)]
         assert all(Path(door.path.rpartition(":")[0]).is_file() for door in doors)
     for claim in verdicts.read_claims(file):
         assert {*claim.contrast} <= {*read} and claim.margin > 0 and claim.says
-        assert {*claim.metric} <= tasks | verdicts.UNSCORED.keys()
+        assert {*claim.metric} <= tasks | UNSCORED.keys()
 
 
 def test_what_is_refused(tmp_path):
     file = tmp_path / "rows.yaml"
     tree = {"base": {"nano": str(ROOT / "recipes/nano_sweep.yaml")}, "rows": {"a": {}, "b": {}}}
     for contrast, told in (
-        ({"a": 1, "c": -1}, r"no rows \['c'\]"),
-        ({"a": 1, "b": -0.5}, "sum to 0"),
+        ({"a": 1, "c": -1}, r"no rows \['c'\]; the file has \['a', 'b'\]"),
+        ({"a": 1, "b": -0.5}, "the weights .* do not sum to 0"),
     ):
         claim = {"says": "x", "section": "2", "metric": "loss", "contrast": contrast, "margin": 1}
         file.write_text(yaml.safe_dump(tree | {"claims": {"x": claim}}))
         with pytest.raises(ValueError, match=f"claim 'x'.*{told}"):
             verdicts.read_claims(file)
     with pytest.raises(ValueError, match=r"has no row \['c'\]; it has \['a', 'b'\]"):
-        ablate.plan_tasks(file, "nano", range(1), ["c"], set())
+        ablate.plan_jobs(file, "nano", range(1), ["c"], set())
 
 
 @pytest.mark.parametrize(
     "text, told",
     [
-        ("", "is no ablation: .*missing mandatory value: rows"),
-        ("rows: {}", "is no ablation: write rows"),
-        ("rows: {a: }", "is no ablation"),
-        ("rows: [a, b]", "is no ablation"),
-        ("rows: {a: {kyes: [seed=1]}}", "is no ablation: Key 'kyes'"),
-        ("rows: {a: {keys: seed=1}}", "is no ablation"),
+        ("", "is not an ablation file: .*missing mandatory value: rows"),
+        ("rows: {}", "is not an ablation file: expected rows"),
+        ("rows: {a: }", "is not an ablation file"),
+        ("rows: [a, b]", "is not an ablation file"),
+        ("rows: {a: {kyes: [seed=1]}}", "is not an ablation file: Key 'kyes'"),
+        ("rows: {a: {keys: seed=1}}", "is not an ablation file"),
         ("rows: {a: {keys: [stages.stage2.lrr*=2]}}", "row a: stages.stage2.lrr.*has no number"),
         ("rows: {a: {keys: [encoder*=2]}}", "row a: encoder.*has no number"),
         ("rows: {a: {infer: {max_gird: 4x4}}}", "row a: visual keys.*max_gird"),
-        ("rows: {a: {}}\nclaim: {}", "is no ablation: Key 'claim'"),
+        ("rows: {a: {}}\nclaim: {}", "is not an ablation file: Key 'claim'"),
         (
             "rows: {a: {}}\nclaims: {c: {says: x, section: '2', metric: loss, contrast: {a: 0}}}",
             "margin",
         ),
-        ("rows: {a: {", "is no ablation"),
+        ("rows: {a: {", "is not an ablation file"),
     ],
 )
 def test_files_that_mean_nothing_are_named(text, told, tmp_path):
     with pytest.raises(ValueError, match=f"rows.yaml.*{told}|{told}") as error:
-        rows_of(tmp_path, text)
+        rows_in(tmp_path, text)
         verdicts.read_claims(tmp_path / "rows.yaml")
     assert "rows.yaml" in str(error.value)
 
@@ -122,23 +137,48 @@ def test_files_that_mean_nothing_are_named(text, told, tmp_path):
 
 
 def test_each_row_is_asked_by_its_seed_on_its_own_tasks(tmp_path):
-    file = tmp_path / "rows.yaml"
-    base = ROOT / "recipes/nano_sweep.yaml"
     rows = "{a: {}, b: {keys: [tasks.nano-doc.samples=7]}, c: {infer: {max_grid: base}}}"
-    file.write_text(f"base: {{nano: {base}}}\nrows: {rows}\n")
-    tasks = ablate.plan_tasks(file, "nano", range(3, 5), [], set())
-    last = [task for task in tasks.values() if task.asked]
-    assert [task.recipe.seed for task in last] == [3, 4] and len(tasks) == 4
-    for task in last:
-        asked = {one.row: one for one in task.asked}
-        assert [one.seed for one in task.asked] == [task.recipe.seed] * 3
-        assert asked["a"].tasks["nano-doc"].samples == 500
-        assert asked["b"].tasks["nano-doc"].samples == 7
-        assert len({one.key for one in task.asked}) == 3, "each is measured by itself"
-    done = {(one.row, one.seed, one.key) for task in last for one in task.asked}
-    assert not ablate.plan_tasks(file, "nano", range(3, 5), [], done)
-    some = ablate.plan_tasks(file, "nano", range(3, 5), ["b"], set())
-    assert {one.row for task in some.values() for one in task.asked} == {"b"}
+    file = rows_file(tmp_path, ROOT / "recipes/nano_sweep.yaml", rows)
+    jobs = ablate.plan_jobs(file, "nano", range(3, 5), [], set())
+    last = [job for job in jobs.values() if job.measurements]
+    assert [job.recipe.seed for job in last] == [3, 4] and len(jobs) == 4
+    for job in last:
+        wanted = {one.row: one for one in job.measurements}
+        assert [one.seed for one in job.measurements] == [job.recipe.seed] * 3
+        assert wanted["a"].tasks["nano-doc"].samples == 500
+        assert wanted["b"].tasks["nano-doc"].samples == 7
+        assert len({one.key for one in job.measurements}) == 3, "each is measured by itself"
+    done = {(one.row, one.seed, one.key) for job in last for one in job.measurements}
+    assert not ablate.plan_jobs(file, "nano", range(3, 5), [], done)
+    some = ablate.plan_jobs(file, "nano", range(3, 5), ["b"], set())
+    assert {one.row for job in some.values() for one in job.measurements} == {"b"}
+
+
+def test_seeds_for_tuning_are_not_mixed_with_evidence():
+    with pytest.raises(ValueError, match="seeds 98 to 102 are mixed"):
+        ablate.ablate(FILES[0], 5, 98, [], 1, False)
+
+
+def test_a_key_is_the_same_wherever_the_repository_lies(tmp_path):
+    """With a pyproject.toml above the recipe, as in a checkout, or alone in a folder."""
+
+    def key(base: Path) -> str:
+        row = read_rows(rows_file(tmp_path, base))["a"]
+        return ablate.measurement("a", row, read_recipe(row.base, row.keys)).key
+
+    for place in ("one", "two/deeper"):
+        folder = tmp_path / place / "recipes"
+        folder.mkdir(parents=True)
+        for name in ("nano.yaml", "nano_sweep.yaml"):
+            shutil.copy(ROOT / "recipes" / name, folder)
+    alone = [key(tmp_path / place / "recipes/nano_sweep.yaml") for place in ("one", "two/deeper")]
+    assert alone[0] == alone[1] != key(ROOT / "recipes/nano_sweep.yaml")
+    (tmp_path / "one/pyproject.toml").touch()
+    (tmp_path / "two/deeper/.git").mkdir()
+    checkouts = [
+        key(tmp_path / f"{place}/recipes/nano_sweep.yaml") for place in ("one", "two/deeper")
+    ]
+    assert {*checkouts} == {key(ROOT / "recipes/nano_sweep.yaml")}
 
 
 def test_a_row_that_ends_without_tiles_keeps_its_own_layout():
@@ -158,7 +198,7 @@ def test_other_content_is_another_run(tmp_path):
 def ends(keys: list[str], seed=0) -> list[str]:
     """The run folders that lead to a row."""
     recipe = read_recipe(ROOT / "recipes/nano_sweep.yaml", keys, seed=seed)
-    return [Path(rung.run).name for rung in ablate.ladder(recipe, Path("cache"))]
+    return [Path(part.run).name for part in ablate.split_stages(recipe, ROOT)]
 
 
 def test_rows_share_a_stage_only_if_it_is_the_same():
@@ -206,7 +246,7 @@ def test_a_shared_stage_sees_what_the_row_would_have_shown_it(keys):
 
 
 def slow(name: str):
-    """A task's stand-in: writes when it began and ended."""
+    """A job's stand-in: returns when it began and ended."""
     start = time.time()
     time.sleep(0.2)
     if name == "fails":
@@ -214,22 +254,30 @@ def slow(name: str):
     return start, time.time()
 
 
-def test_a_task_waits_for_the_one_that_it_begins_with(monkeypatch):
+def test_a_job_waits_for_the_one_that_it_starts_from(monkeypatch):
     order = [("a", ""), ("b", "a"), ("c", ""), ("d", "b")]
-    tasks = {run: ablate.Task(run, before) for run, before in order}
-    monkeypatch.setattr(ablate, "work", lambda run, before, asked: slow(run))
-    monkeypatch.setattr(ablate, "pool", ThreadPoolExecutor)
-    times = {}
-    for task, found in ablate.run_tasks(tasks, 2):
-        times[next(run for run, t in tasks.items() if t is task)] = found
+    jobs = {run: ablate.Job(run, start) for run, start in order}
+    monkeypatch.setattr(ablate, "run_job", lambda job: slow(job.recipe))
+    monkeypatch.setattr(ablate, "worker_pool", ThreadPoolExecutor)
+    times = {job.recipe: when for job, when in ablate.run_jobs(jobs, 2)}
     assert times["b"][0] >= times["a"][1] and times["d"][0] >= times["b"][1]
     assert times["c"][0] < times["a"][1], "both workers are busy"
 
 
-def test_a_fresh_process_can_begin_with_any_task():
-    asked = ablate.Asked("row", 0, {}, {}, "key")
-    with ablate.pool(1) as processes:
-        assert processes.submit(repr, asked).result() == repr(asked)
+def test_no_job_begins_after_one_that_failed(monkeypatch):
+    begun = []
+    jobs = {run: ablate.Job(run) for run in ("fails", "a", "b")}
+    monkeypatch.setattr(ablate, "run_job", lambda job: (begun.append(job.recipe), slow(job.recipe)))
+    monkeypatch.setattr(ablate, "worker_pool", ThreadPoolExecutor)
+    with pytest.raises(ValueError, match="this one"):
+        [*ablate.run_jobs(jobs, 1)]
+    assert begun == ["fails"]
+
+
+def test_a_fresh_process_can_begin_with_any_job():
+    wanted = ablate.Measurement("row", 0, {}, {}, "key")
+    with ablate.worker_pool(1) as processes:
+        assert processes.submit(repr, wanted).result() == repr(wanted)
 
 
 @pytest.fixture(scope="module")
@@ -245,12 +293,8 @@ rows:
   base view: {infer: {max_grid: base}}
   fewer tokens: {keys: [visual.max_visual_tokens=2T, visual.max_grid=1x1]}
 """)
-    cache = ablate.ROOT / "runs/ablate"
-    before = {*cache.glob("*")}
-    told = command("-m", "nanollava", "ablate", folder / "rows.yaml", "--seeds", 1, "--workers", 2)
-    yield folder, told
-    for made in {*cache.glob("*")} - before:
-        shutil.rmtree(made) if made.is_dir() else made.unlink()
+    words = ("-m", "nanollava", "ablate", "rows.yaml", "--seeds", 1, "--workers", 2)
+    return folder, command(*words, cwd=folder)
 
 
 def lines_of(folder) -> dict:
@@ -269,14 +313,15 @@ def test_a_sweep_measures_each_row_and_goes_on_where_it_was(swept):
         assert all(s > 0 for s in line["cpu_seconds"].values()) and line["flops"] > 1e6
     tokens = {k: x["tasks"]["nano-mixed"]["tokens"] for k, x in lines.items()}
     assert tokens["grid"] > tokens["fewer tokens"] > tokens["base view"]
+    assert all((folder / "runs/ablate" / line["run"]).is_dir() for line in lines.values())
     content = (folder / "results/rows.jsonl").read_text()
-    again = command("-m", "nanollava", "ablate", folder / "rows.yaml", "--seeds", 1)
+    again = command("-m", "nanollava", "ablate", folder / "rows.yaml", "--seeds", 1, cwd=folder)
     assert "3 results" in again and (folder / "results/rows.jsonl").read_text() == content
 
 
 def test_a_row_by_shared_stages_equals_the_recipe_trained_in_one_go(swept, tmp_path):
     folder, _ = swept
-    run = ablate.ROOT / "runs/ablate" / lines_of(folder)["fewer tokens"]["run"]
+    run = folder / "runs/ablate" / lines_of(folder)["fewer tokens"]["run"]
     command(
         "-m",
         "nanollava",
@@ -414,6 +459,15 @@ def test_questions_are_paired_and_scores_survive_their_code():
     assert low < 1 - f1(pairs) < high
 
 
+def test_scores_are_read_as_digits_and_as_numbers():
+    single, pairs = np.array([0.0, 31 / 63, 1.0]), np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    for expected in (single, pairs):
+        old = line("a", 0, 0.5, expected)["tasks"]["t"]
+        for each in (old["each"], expected.tolist(), expected.ravel().tolist()):
+            read = verdicts.scores(old | {"each": each})
+            assert read.shape == expected.shape and np.array_equal(read, expected)
+
+
 def test_a_bootstrap_is_of_the_mean_over_metrics_and_seeds():
     def two(row, seed, t, u):
         tasks = {
@@ -454,7 +508,7 @@ def test_two_trainings_of_one_recipe_and_seed_are_counted_and_compared(monkeypat
     lines = [trained(0.5, 1.0), trained(0.5, 1.0), trained(0.53, 1.1)]  # the second shares a run
     lines += [trained(0.9, 1.0, key="asked otherwise"), trained(0.2, 2.0, run="q", key="j")]
     monkeypatch.setattr(results, "files", lambda: [Path("x.yaml")])
-    monkeypatch.setattr(results, "read_lines", lambda file: lines)
+    monkeypatch.setattr(results, "result_lines", lambda file: lines)
     told = results.trainings()
     assert "3 last stages were trained in 1.5 CPU hours, of 2 recipes" in told
     assert "3.0 points apart in the median, 3.0 at most" in told
@@ -482,11 +536,45 @@ def test_the_readme_says_what_the_page_of_results_says():
 
 def test_measured_lines_are_whole_and_of_reporting_seeds():
     for file in results.files():
-        read = rows.read_rows(file)
-        for x in read_lines(results.results(file)):
+        read = rows_of(file)
+        for x in results.result_lines(file):
             assert x["row"] in read and x["seed"] < ablate.TUNING and "dirty" not in x["commit"]
             for task in x["tasks"].values():
                 total = verdicts.METRICS[task["metric"]][1]
                 assert task["n"] >= 500
                 assert total(verdicts.scores(task)) == pytest.approx(task["score"], abs=0.008)
             assert json.dumps(x).find(str(ROOT)) < 0
+
+
+def test_every_committed_key_is_recomputed():
+    """No measured result is orphaned by a change of recipe keys, their names or their order."""
+    count = 0
+    for file in results.files():
+        for (name, seed), x in verdicts.latest(results.result_lines(file)).items():
+            row = rows_of(file)[name]
+            recipe = replace(recipe_of(row.base, *row.keys), seed=seed)
+            wanted = ablate.measurement(name, row, recipe)
+            assert (wanted.seed, wanted.key) == (seed, x["key"]), (file.stem, name, seed)
+            count += 1
+    assert count == 581
+
+
+def test_a_label_says_what_the_row_is_in_nano():
+    labelled = 0
+    for file in FILES:
+        for row in filter(lambda row: row.label, rows_of(file).values()):
+            recipe = recipe_of(row.base, *row.keys)
+            stage = recipe.stages["stage2"]
+            amounts = {recipe.sources[name].samples for name in used_sources(recipe)}
+            known = {Path(recipe.llm).name, f"batch {stage.batch_size}"}
+            known |= {f"lr {stage.lr:g}", f"vision {stage.vision_lr:g}"}
+            for word in re.findall(r"llm_\w|batch \d+|(?:lr|vision) \S+(?=,|$)", row.label):
+                name, _, number = word.partition(" ")
+                assert (f"{name} {float(number):g}" if number else name) in known, row.label
+            for number in re.findall(r"(\d+) \w+(?: \w+)?(?=,|$)", row.label):
+                assert int(number) in amounts, row.label
+            labelled += 1
+    assert labelled == 45
+    page = (ROOT / "recipes/RESULTS.md").read_text()
+    assert "| llm_s, batch 8 | 0.5B, batch 64 | 3 |" in page and "| 3x3, mosaic | 3 |" in page
+    assert "| vision lr a fifth |  | 3 |" in page

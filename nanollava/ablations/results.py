@@ -1,23 +1,28 @@
-"""The page of the nano ablations: every row's scores beside the blog's, and every claim's verdict.
+"""The page of the nano ablations: every row's scores next to the blog's, and every verdict.
 
     python -m nanollava.ablations.results        # writes recipes/RESULTS.md
 
-It is read off the lines in recipes/ablations/results/.
+Everything below MARK is generated from the lines in recipes/ablations/results/; the introduction
+above it is written by hand.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
-from nanollava.ablations import rows as rows_of
 from nanollava.ablations import verdicts
+from nanollava.ablations.rows import Row, printed, read_ablation, read_rows
 from nanollava.evaluate import read_lines
 from nanollava.files import repository_file
 
 RECIPES = repository_file("ablations").parent
-STANDS_FOR = {
+PAGE = RECIPES / "RESULTS.md"
+MARK = "<!-- generated below this line -->\n\n"
+STANDS_FOR = {  # a nano task, or a time: the blog's column
     "nano-doc": "docvqa",
     "nano-info": "infovqa",
     "nano-chart": "chartqa",
@@ -28,174 +33,151 @@ STANDS_FOR = {
 }
 
 
-def results(file: Path) -> Path:
-    """Where an ablation's results lie."""
-    return file.parent / "results" / f"{file.stem}.jsonl"
+def result_lines(file: Path) -> list[dict]:
+    """The result lines of an ablation file."""
+    return read_lines(file.parent / "results" / f"{file.stem}.jsonl")
 
 
 def files() -> list[Path]:
-    """The ablations of which something is measured."""
-    return [f for f in sorted((RECIPES / "ablations").glob("*.yaml")) if read_lines(results(f))]
+    """The ablation files that have results."""
+    return [file for file in sorted((RECIPES / "ablations").glob("*.yaml")) if result_lines(file)]
 
 
-def judged(file: Path) -> list:
-    """The verdicts of an ablation's claims, with Holm's p over them."""
-    lines = read_lines(results(file))
-    return verdicts.judge([verdicts.measure(c, lines) for c in verdicts.read_claims(file)])
+def judged(file: Path) -> list[verdicts.Verdict]:
+    """The verdicts on an ablation's claims, with Holm's p over them."""
+    lines = result_lines(file)
+    return verdicts.judge([verdicts.measure(x, lines) for x in verdicts.read_claims(file)])
 
 
 def measured(file: Path) -> dict[str, list[dict]]:
-    """Row of an ablation -> its measurements, one for each seed; without those of none."""
-    lines = verdicts.latest(read_lines(results(file)))
-    rows = {
-        row: [x for (other, _), x in sorted(lines.items()) if other == row]
-        for row in rows_of.read_ablation(file).rows
-    }
-    return {row: found for row, found in rows.items() if found}
+    """Row of an ablation -> its last result line with each seed; only rows that have any."""
+    rows = {row: [] for row in read_ablation(file).rows}
+    for (row, _), line in sorted(verdicts.latest(result_lines(file)).items()):
+        if row in rows:
+            rows[row].append(line)
+    return {row: lines for row, lines in rows.items() if lines}
 
 
-def printed(row, task: str) -> str:
-    """What the blog prints for a row in the benchmark that a nano task stands for."""
-    known, key = rows_of.printed(row), STANDS_FOR.get(task, "")
-    key = key if key in known else key.removesuffix("_img")
-    return f" ({known[key]})" if known.get(key) is not None else ""
+def blog_score(row: Row, task: str) -> str:
+    """ " (58.8)": what the blog prints for a row in the benchmark that a nano task stands for."""
+    scores = printed(row)
+    column = STANDS_FOR.get(task, "")
+    # Some of the blog's tables call ScienceQA's column scienceqa, others scienceqa_img.
+    score = scores.get(column, scores.get(column.removesuffix("_img")))
+    return "" if score is None else f" ({score})"
 
 
 def spread(values: list[float]) -> str:
     """Mean and half of the 95% t interval over seeds, in %."""
     mean, low, high, _ = verdicts.interval(values)
-    return f"{100 * mean:.1f}" + (f" ±{50 * (high - low):.1f}" if len(values) > 1 else "")
+    half = f" ±{50 * (high - low):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean:.1f}{half}"
 
 
-def tokens(found: Sequence[dict]) -> str:
-    """Visual tokens a question, over all tasks."""
-    each = [task["tokens"] for task in found[0]["tasks"].values()]
-    return f"{sum(each) / len(each):.0f}"
+def tokens(lines: Sequence[dict]) -> str:
+    """Visual tokens per question: the mean over tasks, which is the same for all seeds."""
+    return f"{fmean(task['tokens'] for task in lines[0]['tasks'].values()):.0f}"
 
 
-def seconds(found: Sequence[dict]) -> str:
-    """Mean CPU seconds of the last stage, where one was trained in one go."""
-    each = [s for line in found if (s := verdicts.seconds(line))]
-    return f"{sum(each) / len(each):.0f}" if each else "-"
+def seconds(lines: Sequence[dict]) -> str:
+    """Mean CPU seconds of the last stage, over seeds whose training was not resumed."""
+    known = [x for x in map(verdicts.seconds, lines) if x]
+    return f"{fmean(known):.0f}" if known else "-"
 
 
-def asking(found: Sequence[dict]) -> str:
-    """Mean CPU seconds of all tasks' questions."""
-    return f"{sum(map(verdicts.asking, found)) / len(found):.0f}"
+def asking(lines: Sequence[dict]) -> str:
+    """Mean CPU seconds of the questions of all tasks."""
+    return f"{fmean(map(verdicts.asking, lines)):.0f}"
 
 
-def table(file: Path) -> list[str]:
-    """An ablation's rows: scores, visual tokens a question, CPU seconds of the last stage and of
-    the questions.
-    """
-    rows, known = measured(file), rows_of.read_rows(file)
-    tasks = [*next(iter(rows.values()))[0]["tasks"]]
-    out = [
-        "| row | seeds | " + " | ".join(tasks) + " | tokens | trained, CPU-s | asked, CPU-s |",
-        "|---" * (len(tasks) + 5) + "|",
-    ]
-    for name, mine in rows.items():
-        row = known[name]
-        cells = [spread([verdicts.value(m, t) for m in mine]) + printed(row, t) for t in tasks]
-        cells += [
-            tokens(mine),
-            seconds(mine) + printed(row, "trained"),
-            asking(mine) + printed(row, "asked"),
-        ]
-        out.append(f"| {name} | {len(mine)} | {' | '.join(cells)} |")
-    return out
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table's lines."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
 
 
-def difference(v, digits: int = 3) -> str:
-    """What was measured about a claim, its 95% interval over seeds, the unit."""
+def row_table(file: Path) -> list[str]:
+    """An ablation's rows: scores, visual tokens per question, CPU seconds."""
+    rows = read_rows(file)
+    results = measured(file)
+    tasks = [*next(iter(results.values()))[0]["tasks"]]
+    # A labelled row is shown as what it is in nano, with the blog's name in a second column.
+    names = ["row", "the blog's row"] if any(row.label for row in rows.values()) else ["row"]
+    body = []
+    for name, lines in results.items():
+        row = rows[name]
+        cells = [row.label, name] if row.label else [name, ""]
+        cells = [*cells[: len(names)], f"{len(lines)}"]
+        for task in tasks:  # a cell such as "54.6 ±1.2 (58.8)": nano's score and the blog's
+            scores = [verdicts.value(line, task) for line in lines]
+            cells.append(spread(scores) + blog_score(row, task))
+        trained = seconds(lines) + blog_score(row, "trained")
+        asked = asking(lines) + blog_score(row, "asked")
+        body.append([*cells, tokens(lines), trained, asked])
+    return markdown([*names, "seeds", *tasks, "tokens", "trained, CPU-s", "asked, CPU-s"], body)
+
+
+def difference(v: verdicts.Verdict, digits: int = 3) -> str:
+    """What was measured about a claim, its 95% interval over seeds, and the unit."""
+    if not v.seeds:
+        return "-"
     mean, low, high = (f"{v.claim.factor * x:.{digits}g}" for x in (v.mean, v.low, v.high))
-    each = {0: "-", 1: f"{mean} {v.claim.unit} (one seed)"}
-    return each.get(len(v.seeds), f"{mean} [{low}, {high}] {v.claim.unit}")
+    if len(v.seeds) == 1:
+        return f"{mean} {v.claim.unit} (one seed)"
+    return f"{mean} [{low}, {high}] {v.claim.unit}"
 
 
-def told(v) -> str:
-    """A claim's line."""
-    factor = v.claim.factor
-    asked = (
-        "-"
-        if v.questions[0] != v.questions[0]
-        else "{:.3g} to {:.3g}".format(*(factor * x for x in v.questions))
-    )
-    rule = {
-        "within": f"within ±{factor * v.claim.margin:g}",
-        "at_most": f"below {factor * v.claim.margin:g}",
-    }.get(v.claim.holds, f"p {v.p:.2g}" + (", counted" if v.claim.metric[0] == "flops" else ""))
-    return (
-        f"| {v.claim.title} | {v.claim.source} | {difference(v)} | {asked} | {len(v.seeds)}"
-        f" | {rule} | **{v.word}** |"
-    )
+def rule(v: verdicts.Verdict) -> str:
+    """What decides about a claim: Holm's p, or an interval within a margin."""
+    margin = f"{v.claim.factor * v.claim.margin:g}"
+    if v.claim.holds == "within":
+        return f"within ±{margin}"
+    if v.claim.holds == "at_most":
+        return f"below {margin}"
+    return f"p {v.p:.2g}" + (", counted" if v.claim.metric[0] == "flops" else "")
 
 
-OPENING = """# What the nano ablations show
-
-Made by `python -m nanollava.ablations.results` from the lines in `recipes/ablations/results/`.
-**Nano is not the blog**: models of a million parameters on drawn pages; they can show a
-mechanism and its direction.
-
-Scores in %, with half of the 95% t interval over seeds; in brackets what the blog prints for the
-benchmark that the task stands for. Tokens: visual tokens a question. CPU-s: of the last stage and
-of all questions, each on one thread of a machine with other work, which at times made them three to
-four times as many: claims about seconds compare rows of one seed, which ran in one session; do not
-compare seeds or tables. In brackets the blog's time.
-
-A claim is a sentence of the blog or what one of its tables prints, the rows that could show it and
-the smallest difference that matters, written into the ablation's file before its runs, or with what
-was known by then. Differences of scores are in points, those of CPU seconds and of FLOPs (of the
-last stage, counted as `plan` does: only its pages differ by seed) are of logarithms, those of
-losses in nats. A seed changes the order of stages 1, 1.5 and 2, the records and the questions.
-
-- **same direction**, **opposite**: over three seeds or more, Holm's p over the table's claims of a
-  difference is below 0.05, and the difference is as large as matters. A claim of hardly any
-  difference ("within", "below") shows where its whole 95% interval, not adjusted for the number of
-  claims, is inside the margin, and is contradicted where all of it is outside.
-- **not resolved**: neither. The interval is wide, or the difference too small to matter.
-- **waits for seeds**: fewer than three.
-
-"Over questions" is what other questions could have said about the same models.
-"""
-HEAD = (
-    "claim",
-    "the blog",
-    "difference [95% over seeds]",
-    "over questions",
-    "seeds",
-    "test",
-    "verdict",
-)
+def claim_table(found: Sequence[verdicts.Verdict]) -> list[str]:
+    """The verdicts on an ablation's claims; empty without claims."""
+    span = "difference [95% over seeds]"
+    head = ("claim", "the blog", span, "over questions", "seeds", "test", "verdict")
+    body = []
+    for v in found:
+        # Claims about losses, seconds and FLOPs have no interval over questions: it is nan.
+        low, high = (f"{v.claim.factor * x:.3g}" for x in v.questions)
+        over_questions = "-" if low == "nan" else f"{low} to {high}"
+        cells = (v.claim.title, v.claim.source, difference(v), over_questions)
+        body.append([*cells, f"{len(v.seeds)}", rule(v), f"**{v.word}**"])
+    return ["", *markdown(head, body)] if body else []
 
 
-def section(file: Path, found: list) -> list[str]:
-    """An ablation: what it is, its command, its rows, its verdicts."""
-    about = []
-    for line in file.read_text().splitlines():
-        if not line.startswith("#"):
-            break
-        about.append(line.removeprefix("# "))
+def section(file: Path, found: Sequence[verdicts.Verdict]) -> list[str]:
+    """An ablation: the comment that opens its file, its command, its rows and its verdicts."""
+    comment = takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
+    about = [line.removeprefix("# ") for line in comment]
     command = f"`python -m nanollava ablate recipes/ablations/{file.name}`"
-    claims = [told(v) for v in found]
-    claims = ["", f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|", *claims] if claims else []
-    return ["", f"## {file.stem}", "", *about, "", command, "", *table(file), *claims]
+    head = ["", f"## {file.stem}", "", *about, "", command, ""]
+    return head + row_table(file) + claim_table(found)
 
 
 def trainings() -> str:
-    """What was trained, and how far the scores of a recipe and seed lie apart that two tables
-    trained, each in its session.
+    """What was trained, and how far apart the scores lie where two tables trained the same recipe
+    with the same seed, each in its own session.
     """
-    lines = [line for file in files() for line in read_lines(results(file))]
-    cost = {(line["run"], *line["losses"]): verdicts.seconds(line) or 0 for line in lines}
-    asked: dict[tuple, dict] = {}
-    for line in lines:
-        for name, task in line["tasks"].items():
-            asked.setdefault((line["key"], name), {})[tuple(line["losses"])] = task["score"]
-    apart = [100 * np.ptp([*each.values()]) for each in asked.values() if len(each) > 1]
+    costs = {}  # (run, losses), that is each training -> CPU seconds
+    scores = defaultdict(dict)  # (key, task) -> score by losses
+    for file in files():
+        for line in result_lines(file):
+            losses = tuple(line["losses"])
+            costs[line["run"], losses] = verdicts.seconds(line) or 0
+            for name, task in line["tasks"].items():
+                scores[line["key"], name][losses] = task["score"]
+    # The same recipe and seed, yet other losses: another session trained it once more.
+    runs = {run for run, _ in costs}
+    apart = [100 * np.ptp([*x.values()]) for x in scores.values() if len(x) > 1]
     return (
-        f"{len(cost)} last stages were trained in {sum(cost.values()) / 3600:.1f} CPU hours, of"
-        f" {len({run for run, *_ in cost})} recipes and seeds. Where two tables trained the"
+        f"{len(costs)} last stages were trained in {sum(costs.values()) / 3600:.1f} CPU hours, of"
+        f" {len(runs)} recipes and seeds. Where two tables trained the"
         f" same, in two sessions and mostly at two commits, a task's scores lie"
         f" {np.median(apart):.1f} points apart in the median,"
         f" {max(apart):.1f} at most."
@@ -203,14 +185,18 @@ def trainings() -> str:
 
 
 def page() -> str:
-    """All of it."""
-    found = {file: judged(file) for file in files()}
-    counts = Counter(v.word for each in found.values() for v in each)
+    """The whole page, its introduction as it is."""
+    introduction, _, _ = PAGE.read_text().partition(MARK)
+    counts = Counter()
+    sections = []
+    for file in files():
+        found = judged(file)
+        counts.update(v.word for v in found)
+        sections += section(file, found)
     words = ", ".join(f"{word} {counts[word]}" for word in verdicts.WORDS if counts[word])
     about = f"{trainings()} {counts.total()} claims: {words}."
-    sections = [line for file, each in found.items() for line in section(file, each)]
-    return "\n".join([OPENING, about, *sections]) + "\n"
+    return introduction + MARK + "\n".join([about, *sections]) + "\n"
 
 
 if __name__ == "__main__":
-    (RECIPES / "RESULTS.md").write_text(page())
+    PAGE.write_text(page())

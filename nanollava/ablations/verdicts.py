@@ -11,21 +11,21 @@
         holds: above            # if the contrast is above 0; or at most, within, beyond the margin
         late: ""                # what was known when it was written, if anything was
 
-A claim's contrast is taken within each seed. Evidence is the paired t over seeds: a percentile
-bootstrap over as few is too narrow. A bootstrap over the questions stands beside it: what other
-questions might have said about these same models. Over the claims of a table, p is Holm's.
+A claim's contrast is the weighted sum of its rows' values, taken within each seed. The evidence is
+a paired t interval over seeds; a percentile bootstrap over so few seeds would be too narrow. Next
+to it stands a bootstrap over the questions: what other questions might have said about the same
+models. Over the claims of a table, p values are adjusted by Holm's method.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import log, nan
+from math import inf, log, nan
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import ttest_1samp
 
-from nanollava.ablations import rows as rows_of
+from nanollava.ablations.rows import Claim, read_ablation
 from nanollava.evaluate import DIGITS
 from nanollava.metrics import METRICS
 
@@ -36,49 +36,9 @@ SAME, OPPOSITE, OPEN, WAITS = WORDS = (
     "waits for seeds",
 )
 HOLDS = ("above", "at_most", "within", "beyond")
-TESTED = {"above", "beyond"}  # against 0, with Holm's p; the others by their interval
-UNSCORED = {  # metrics that are no scores in 0..1, and what their differences are told in
-    "loss": "nats",
-    "train": "log of s",
-    "infer": "log of s",
-    "flops": "log of FLOPs",
-}
-LEAST = 3  # seeds of a verdict
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One sentence of the blog, and the rows that could show it."""
-
-    name: str
-    says: str
-    section: str
-    metric: tuple[str, ...]
-    contrast: dict[str, float]
-    margin: float
-    holds: str = "above"
-    late: str = ""
-
-    @property
-    def source(self) -> str:
-        """A sentence of the blog in quotation marks, or a table's numbers; and where."""
-        says = self.says if re.match(r"T\d|ours:", self.says) else f'"{self.says}"'
-        return f"{says} ({self.section})".replace("|", "/")
-
-    @property
-    def title(self) -> str:
-        """Its name, and what was known when it was written, if anything was."""
-        return self.name + (f" (written {self.late})" if self.late else "")
-
-    @property
-    def unit(self) -> str:
-        """What its differences are told in."""
-        return next((UNSCORED[name] for name in self.metric if name in UNSCORED), "points")
-
-    @property
-    def factor(self) -> int:
-        """From a difference to its unit."""
-        return 100 if self.unit == "points" else 1
+TESTED = {"above", "beyond"}  # tested against 0, with Holm's p; the others go by their interval
+LEAST = 3  # seeds that a verdict needs
+RESAMPLES = 500  # of the questions
 
 
 @dataclass(frozen=True)
@@ -88,50 +48,55 @@ class Verdict:
     claim: Claim
     seeds: tuple[int, ...]
     mean: float
-    low: float  # 95% of a paired t over seeds
+    low: float  # 95% interval of a paired t over seeds
     high: float
-    p: float  # two-sided; Holm's after `judge`
-    questions: tuple[float, float]  # 95% of a bootstrap over questions
+    p: float  # two-sided; after `judge`, Holm's
+    questions: tuple[float, float]  # 95% interval of a bootstrap over questions
     word: str
 
 
 def read_claims(file: Path) -> list[Claim]:
-    """The claims of an ablation's file; ValueError for what cannot be measured."""
-    tree, found = rows_of.read_ablation(file), []
-    for name, keys in tree.claims.items():
-        metric = (keys.metric,) if isinstance(keys.metric, str) else tuple(keys.metric)
-        claim = Claim(name, **vars(keys) | {"metric": metric})
-        if unknown := {*claim.contrast} - {*tree.rows}:
-            raise ValueError(f"{file}: claim {name!r}: no rows {sorted(unknown)}")
+    """The claims of an ablation file; raises ValueError for one that cannot be measured."""
+    ablation = read_ablation(file)
+    claims = []
+    for name, claim in ablation.claims.items():
+        metric = [claim.metric] if isinstance(claim.metric, str) else claim.metric
+        claim = replace(claim, name=name, metric=tuple(metric))
+        where = f"{file}: claim {name!r}"
+        unknown = sorted({*claim.contrast} - {*ablation.rows})
+        if unknown:
+            raise ValueError(f"{where}: no rows {unknown}; the file has {[*ablation.rows]}")
+        # Otherwise the contrast would not be 0 where all rows are equal.
         if abs(sum(claim.contrast.values())) > 1e-9:
-            raise ValueError(f"{file}: claim {name!r}: the weights of its contrast sum to 0")
+            raise ValueError(f"{where}: the weights {claim.contrast} do not sum to 0")
         if not claim.margin > 0:
-            raise ValueError(f"{file}: claim {name!r}: margin {claim.margin}; expected above 0")
+            raise ValueError(f"{where}: margin {claim.margin}; expected a number above 0")
         if claim.holds not in HOLDS:
-            raise ValueError(f"{file}: claim {name!r}: holds {claim.holds!r}; expected {HOLDS}")
-        found.append(claim)
-    return found
+            raise ValueError(f"{where}: holds {claim.holds!r}; expected one of {HOLDS}")
+        claims.append(claim)
+    return claims
 
 
 def latest(lines: Sequence[dict]) -> dict[tuple[str, int], dict]:
-    """(row, seed) -> its last measurement."""
+    """(row, seed) -> its last result line."""
     return {(line["row"], line["seed"]): line for line in lines}
 
 
 def seconds(line: dict) -> float | None:
-    """A measurement's CPU seconds of the last stage: the others may be shared."""
+    """CPU seconds of the last stage: rows may share the stages before it. None if resumed."""
     return [*line["cpu_seconds"].values()][-1]
 
 
 def asking(line: dict) -> float:
-    """A measurement's CPU seconds of all tasks' questions."""
+    """CPU seconds of the questions of all tasks."""
     return sum(task["cpu_seconds"] for task in line["tasks"].values())
 
 
 def value(line: dict, metric: str) -> float:
-    """A measurement's score in a task, its last tenth of losses, its log of seconds or FLOPs."""
+    """A result line's score in a task, its mean loss, or its log of seconds or FLOPs."""
     if metric == "loss":
-        return float(np.mean(line["losses"][-max(1, len(line["losses"]) // 10) :]))
+        last_tenth = max(1, len(line["losses"]) // 10)
+        return float(np.mean(line["losses"][-last_tenth:]))
     if metric == "flops":
         return log(line["flops"]) if "flops" in line else nan
     if metric == "train":
@@ -142,90 +107,123 @@ def value(line: dict, metric: str) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float, float]:
-    """Mean, 95% t interval and two-sided p against 0 of one value a seed."""
+    """Mean, 95% t interval (low, high) and two-sided p against 0 of one value per seed."""
     x = np.asarray(values, float)
-    if len(x) < 2:
-        return (float(x.mean()) if len(x) else nan, -np.inf, np.inf, 1.0)
-    if np.ptp(x) == 0:
-        return (float(x[0]), float(x[0]), float(x[0]), 1.0)  # a spread of 0 is a tie, no evidence
+    if len(x) < 2:  # one seed has no spread: it could be anything
+        mean = float(x.mean()) if len(x) else nan
+        return mean, -inf, inf, 1.0
+    if np.ptp(x) == 0:  # equal values are a tie: no spread, hence no evidence
+        tie = float(x[0])
+        return tie, tie, tie, 1.0
     test = ttest_1samp(x, 0)
     low, high = test.confidence_interval()
     return float(x.mean()), float(low), float(high), float(test.pvalue)
 
 
 def scores(task: dict) -> np.ndarray:
-    """The scores of a task's questions, [n] or, for F1, [n, 2]: said and true."""
-    rows = np.array([DIGITS.index(char) for char in task["each"]]) / 63
-    return rows if len(rows) == task["n"] else rows.reshape(-1, 2)
+    """The scores of a task's n questions: (n,), or for F1 (n, 2), said yes and truly yes."""
+    each = task["each"]
+    if isinstance(each, str):  # older lines: a base-64 digit for each score, in steps of 1/63
+        each = np.array([DIGITS.index(digit) for digit in each]) / 63
+    values = np.asarray(each, float)
+    # F1's pairs come as pairs, or one number after the other.
+    return values if len(values) == task["n"] else values.reshape(-1, 2)
+
+
+def resample(task: dict, drawn: np.ndarray) -> np.ndarray:
+    """A task's score on each set of questions `drawn` (RESAMPLES, n) -> (RESAMPLES,)."""
+    samples = scores(task)[drawn]  # (RESAMPLES, n) or (RESAMPLES, n, 2)
+    _, total = METRICS[task["metric"]]
+    return samples.mean(1) if total is np.mean else np.array([total(x) for x in samples])
 
 
 def questions(lines: dict, claim: Claim, seeds: Sequence[int]) -> tuple[float, float]:
-    """95% percentile bootstrap over questions of the contrast's mean over these seeds."""
+    """95% percentile bootstrap over questions of a contrast's mean over seeds and metrics."""
     if claim.unit != "points" or not seeds:
         return nan, nan
-    rng, totals = np.random.default_rng(0), np.zeros(500)
+    # Each seed and metric has its own questions, so that each gets its own draws.
+    rng = np.random.default_rng(0)
+    means = np.zeros(RESAMPLES)
     for seed in seeds:
-        for name in claim.metric:
-            tasks = {row: lines[row, seed]["tasks"][name] for row in claim.contrast}
-            rows = {row: scores(task) for row, task in tasks.items()}
-            total = METRICS[next(iter(tasks.values()))["metric"]][1]
-            n = len(next(iter(rows.values())))
-            some = rng.integers(n, size=(len(totals), n))  # the same questions for all rows
-            for row, w in claim.contrast.items():
-                drawn = rows[row][some]
-                each = drawn.mean(1) if total is np.mean else np.array([*map(total, drawn)])
-                totals += w * each / len(seeds) / len(claim.metric)
-    low, high = np.percentile(totals, (2.5, 97.5))
+        for metric in claim.metric:
+            tasks = [lines[row, seed]["tasks"][metric] for row in claim.contrast]
+            n = tasks[0]["n"]
+            drawn = rng.integers(n, size=(RESAMPLES, n))  # the same questions for all rows
+            for task, weight in zip(tasks, claim.contrast.values(), strict=True):
+                totals = weight * resample(task, drawn)
+                means += totals / len(seeds) / len(claim.metric)
+    low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 
 
+def contrast_of(claim: Claim, lines: dict, seed: int) -> float:
+    """A claim's contrast in one seed: over its rows and the mean of its metrics."""
+    total = 0.0
+    for row, weight in claim.contrast.items():
+        for metric in claim.metric:
+            total += weight * value(lines[row, seed], metric)
+    return total / len(claim.metric)
+
+
 def measure(claim: Claim, lines: Sequence[dict]) -> Verdict:
-    """A claim against the results of its file; its word comes from `judge`."""
+    """A claim against the result lines of its file; its word comes from `judge`."""
     known = latest(lines)
-    seeds = [
-        s
-        for s in sorted({seed for _, seed in known})
-        if all((row, s) in known for row in claim.contrast)
-    ]
-    each = [
-        sum(w * value(known[row, s], m) for row, w in claim.contrast.items() for m in claim.metric)
-        / len(claim.metric)
-        for s in seeds
-    ]
-    pairs = [(s, x) for s, x in zip(seeds, each, strict=True) if np.isfinite(x)]
-    seeds, each = [s for s, _ in pairs], [x for _, x in pairs]
-    return Verdict(claim, tuple(seeds), *interval(each), questions(known, claim, seeds), WAITS)
+    differences = {}
+    # Only a seed that has all rows of the contrast can be compared within itself.
+    for seed in sorted({seed for _, seed in known}):
+        if all((row, seed) in known for row in claim.contrast):
+            contrast = contrast_of(claim, known, seed)
+            if np.isfinite(contrast):  # the seconds of a stage that was resumed are not
+                differences[seed] = contrast
+    seeds = tuple(differences)
+    mean, low, high, p = interval([*differences.values()])
+    return Verdict(claim, seeds, mean, low, high, p, questions(known, claim, seeds), WAITS)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values: the i-th smallest of m times m - i, never below one before it."""
-    adjusted, worst = [0.0] * len(ps), 0.0
+    """Holm's adjusted p values: the i-th smallest of m, from i = 0, times m - i, but never below
+    the one before it.
+    """
+    adjusted = [0.0] * len(ps)
+    largest = 0.0
     for i, k in enumerate(np.argsort(ps)):
-        worst = max(worst, min(1.0, (len(ps) - i) * ps[k]))
-        adjusted[k] = worst
+        largest = max(largest, min(1.0, (len(ps) - i) * ps[k]))
+        adjusted[k] = largest
     return adjusted
 
 
 def word(v: Verdict) -> str:
-    """Same direction, opposite or not resolved; its p is adjusted for the number of claims.
+    """Same direction, opposite or not resolved; p is already adjusted for the number of claims.
 
-    Fewer than LEAST seeds wait. `above` holds where the difference is not 0 by chance and
-    as large as matters, `beyond` does on either side. `at_most` and `within` hold where the whole
-    interval is below the margin, or inside both: a difference that was not found is no evidence.
+    `above` holds where the difference is not 0 by chance and is large enough to matter, `beyond`
+    does so on either side. `at_most` and `within` hold where the whole interval lies below the
+    margin, or between both margins: failing to find a difference is not evidence of its absence.
     """
-    margin, found = v.claim.margin, v.p < 0.05 and abs(v.mean) >= v.claim.margin
+    if len(v.seeds) < LEAST:
+        return WAITS
+    margin = v.claim.margin
+    # For `above` and `beyond` a test against 0, for the others where the interval lies.
+    shown = v.p < 0.05 and abs(v.mean) >= margin
     inside = -margin < v.low and v.high < margin
+    outside = v.low > margin or v.high < -margin
     same, opposite = {
-        "above": (found and v.mean > 0, found and v.mean < 0),
-        "beyond": (found, inside),
+        "above": (shown and v.mean > 0, shown and v.mean < 0),
+        "beyond": (shown, inside),
         "at_most": (v.high < margin, v.low > margin),
-        "within": (inside, v.low > margin or v.high < -margin),
+        "within": (inside, outside),
     }[v.claim.holds]
-    return WAITS if len(v.seeds) < LEAST else SAME if same else OPPOSITE if opposite else OPEN
+    if same:
+        return SAME
+    return OPPOSITE if opposite else OPEN
 
 
 def judge(measured: Sequence[Verdict]) -> list[Verdict]:
-    """All claims at once: Holm's p over those that are tests against 0, and each one's word."""
+    """All claims of a table: Holm's p over those that are tested against 0, and their words."""
+    # A claim of hardly any difference is not a test: it does not count among the p values.
     adjusted = iter(holm([v.p for v in measured if v.claim.holds in TESTED]))
-    found = [replace(v, p=next(adjusted)) if v.claim.holds in TESTED else v for v in measured]
-    return [replace(v, word=word(v)) for v in found]
+    judged = []
+    for v in measured:
+        if v.claim.holds in TESTED:
+            v = replace(v, p=next(adjusted))
+        judged.append(replace(v, word=word(v)))
+    return judged
