@@ -6,7 +6,7 @@ Each command imports what it needs when it runs, so that --help answers at once.
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
@@ -29,6 +29,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     if keys.program:
         function_of(keys.program)(keys)
         return
+    from nanollava.extras.summary import score
     from nanollava.train import train as train_stages
 
     run = Path(os.path.relpath(train_stages(keys)))  # short where it is printed
@@ -53,6 +54,7 @@ def evaluate(
     beside: Annotated[str, Option(help="the row of the blog to show beside benchmarks")] = "T4:0",
 ) -> None:
     """Score a run on its recipe's tasks at each of its settings, or on lmms-eval's benchmarks."""
+    from nanollava.extras.summary import score
     from nanollava.recipe import read_recipe
 
     names = [name for name in tasks.split(",") if name]
@@ -67,30 +69,6 @@ def evaluate(
             f"{error}. Benchmarks need lmms-eval: pip install lmms-eval==0.7.3 levenshtein"
         ) from error
     run_benchmarks(run, names, limit, beside)
-
-
-def score(run: Path, tasks: list[str], limit: int, trained: Any = None) -> None:
-    """Evaluate a run. The first process prints the table and, after training, the next command.
-
-    `trained`: the recipe of the training that has just ended. Its tasks may have been changed
-    since the run folder was written.
-    """
-    from dataclasses import replace
-
-    from nanollava import evaluate as evaluation
-    from nanollava.extras.summary import save_sample, show_scores
-    from nanollava.generate import load
-
-    rank, _ = evaluation.ranks()
-    assistant = load(run)
-    if trained is not None:
-        recipe = replace(assistant.model.recipe, tasks=trained.tasks, settings=trained.settings)
-        assistant.model.recipe = recipe
-    results = evaluation.evaluate(assistant, run, tasks, limit)
-    if rank == 0:
-        show_scores(results)
-        if trained is not None:
-            typer.echo(f"\nNext: {save_sample(assistant, run)}")
 
 
 @app.command()

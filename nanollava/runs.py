@@ -23,6 +23,7 @@ from torch.torch_version import TorchVersion
 from tqdm import tqdm
 
 from nanollava.extras.environment import environment
+from nanollava.extras.losses import read_losses
 from nanollava.files import write_atomically
 from nanollava.recipe import Recipe, Stage, differences, read_recipe, write_recipe
 
@@ -60,16 +61,6 @@ def open_run(recipe: Recipe, processes: int) -> None:
     starts.append(environment(recipe, processes))
     with write_atomically(file) as half:
         half.write_text(json.dumps(starts, indent=1))
-
-
-def read_losses(run: str | Path) -> list[dict[str, str]]:
-    """The rows of losses.csv: one per step and source, and one per step for "all".
-
-    A killed process or a full disk can leave half a line at the end, which is left out.
-    """
-    file = Path(run) / "losses.csv"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 
 def rewind_losses(run: Path, stage: str, step: int) -> None:

@@ -12,8 +12,7 @@ import pytest
 import torch
 from composer import Time
 
-from nanollava.extras.losses import JUMP_WINDOW, expected_losses, find_jump
-from nanollava.extras.reference import write_reference
+from nanollava.extras.losses import JUMP_WINDOW, expected_losses, find_jump, write_reference
 from nanollava.runs import (
     add_losses,
     check_run,

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from nanollava.evaluate import add_line, evaluate, read_lines
 from nanollava.extras.environment import commit
 from nanollava.extras.plan import plan
 from nanollava.files import write_atomically
-from nanollava.recipe import Recipe, Task, read_recipe, run_keys, used_sources
+from nanollava.recipe import Recipe, Task, hashed, read_recipe, run_keys, used_sources
 
 TUNING = 100  # seeds from here on choose settings; their results are not evidence
 RUNS = Path("runs/ablate")  # below the current folder, like all outputs
@@ -142,7 +142,7 @@ def chosen_rows(file: Path, scale: str, only: list[str]) -> dict[str, Row]:
 def measurement(name: str, row: Row, recipe: Recipe) -> Measurement:
     """What is to be measured of a row, by the seed of its recipe."""
     tasks = {name: task for name, task in recipe.tasks.items() if task}
-    task_keys = {name: asdict(task) for name, task in tasks.items()}
+    task_keys = {name: hashed(task) for name, task in tasks.items()}
     key = digest(recipe, repository(row.base), row.infer, task_keys)
     return Measurement(name, recipe.seed, tasks, row.infer, key)
 

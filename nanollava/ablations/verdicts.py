@@ -26,7 +26,7 @@ import numpy as np
 from scipy.stats import ttest_1samp
 
 from nanollava.ablations.rows import Claim, read_ablation
-from nanollava.evaluate import DIGITS
+from nanollava.evaluate import question_scores as scores
 from nanollava.metrics import METRICS
 
 SAME, OPPOSITE, OPEN, WAITS = WORDS = (
@@ -118,16 +118,6 @@ def interval(values: Sequence[float]) -> tuple[float, float, float, float]:
     test = ttest_1samp(x, 0)
     low, high = test.confidence_interval()
     return float(x.mean()), float(low), float(high), float(test.pvalue)
-
-
-def scores(task: dict) -> np.ndarray:
-    """The scores of a task's n questions: (n,), or for F1 (n, 2), said yes and truly yes."""
-    each = task["each"]
-    if isinstance(each, str):  # older lines: a base-64 digit for each score, in steps of 1/63
-        each = np.array([DIGITS.index(digit) for digit in each]) / 63
-    values = np.asarray(each, float)
-    # F1's pairs come as pairs, or one number after the other.
-    return values if len(values) == task["n"] else values.reshape(-1, 2)
 
 
 def resample(task: dict, drawn: np.ndarray) -> np.ndarray:

@@ -32,18 +32,7 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]
 RUN = 4  # words; a caption that repeats itself has few distinct runs of so many words
 SHORT, DISTINCT = 24, 0.5  # captions of fewer words may repeat; of others, this share is distinct
 LeftOut = list[tuple[str, str]]  # id and reason of each record without a new caption
-CARD = """# Re-captions
-
-Images of `{source}`{origin}, described by `{model}` (weights {weights}).
-
-- prompt: "{prompt}", at most {max_new_tokens} tokens, greedy
-- {kept:,} captions; left out: {left_out}
-- filters: empty, cut off at the limit, repeating (of {short} words or more, below {distinct:.0%} of
-  the runs of four words are distinct)
-- licence of the source: {licence}; the captions are the model's
-
-As a source of a recipe: `path: "parquet:{folder}/*.parquet"`
-"""
+CARD = Path(__file__).with_name("caption_card.md")  # the dataset card, with places to fill
 
 
 def find_source(name: str, samples: int) -> Source:
@@ -145,7 +134,7 @@ def dataset_card(folder: Path, settings: dict[str, Any], source: Source) -> str:
     for chunk in chunks:
         reasons.update(reason.split(":")[0] for _, reason in chunk["left out"])
     left_out = [f"{number:,} {reason}" for reason, number in reasons.most_common()]
-    return CARD.format(
+    return CARD.read_text().format(
         **settings,
         origin=f" ({source.origin})" if source.origin else "",
         short=SHORT,

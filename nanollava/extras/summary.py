@@ -1,21 +1,40 @@
-"""What is printed after an evaluation: the table of scores and, after a training, what to type."""
+"""Score a run and print what there is to see: a table and, after training, what to type next."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from nanollava.evaluate import questions
+from nanollava.evaluate import evaluate, questions, ranks
+from nanollava.generate import Assistant, load
 from nanollava.metrics import METRICS
 from nanollava.prompts import PLACEHOLDER
+from nanollava.recipe import Recipe
 
 
-def save_sample(assistant: Any, run: str | Path) -> str:
+def score(run: Path, tasks: list[str], limit: int, trained: Recipe | None = None) -> None:
+    """Evaluate a run. The first process prints the table and, after training, the next command.
+
+    `trained`: the recipe of the training that has just ended. Its tasks may have been changed
+    since the run folder was written.
+    """
+    rank, _ = ranks()
+    assistant = load(run)
+    if trained is not None:
+        recipe = replace(assistant.model.recipe, tasks=trained.tasks, settings=trained.settings)
+        assistant.model.recipe = recipe
+    results = evaluate(assistant, run, tasks, limit)
+    if rank == 0:
+        show_scores(results)
+        if trained is not None:
+            print(f"\nNext: {save_sample(assistant, run)}")
+
+
+def save_sample(assistant: Assistant, run: str | Path) -> str:
     """Write an image of the first task into the run folder; returns the command that asks about it.
 
     It is the first question of 20 that the model answers right, or else the last of them.
