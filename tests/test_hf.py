@@ -393,7 +393,10 @@ def test_what_no_recipe_can_say_is_named(key, value, needed, copied):
     name, given = key.split(".")[-1], value
     if name == "num_hidden_layers":
         name, given = "vision_feature_layer", -1
-    told = f"has no recipe.yaml: {name} is {re.escape(repr(given))}; expected {needed}"
+    told = (
+        "has no recipe.yaml, so it was read as a LlavaOnevision folder: "
+        f"{name} is {re.escape(repr(given))}; expected {needed}"
+    )
     with pytest.raises(ValueError, match=told):
         load(copied.folder)
 
@@ -484,7 +487,7 @@ def test_other_tokens_are_told_apart(copied):
     file = copied.folder / "chat_template.jinja"
     file.write_text(file.read_text().replace("<image>\\n", "<image>"))
     n = len(copied.model.writer()(talk("What is it?"), [noise((187, 112))], answer=True).ids)
-    told = rf"is '{n - 1} tokens, the first \d+ as expected'; expected '{n} tokens'"
+    told = rf"is {n - 1} tokens, the first \d+ as expected; expected {n} tokens"
     with pytest.raises(ValueError, match=told):
         difference(copied.model, copied.folder)
 
@@ -545,7 +548,7 @@ def test_the_order_of_a_whole_rectangle_decides_nothing():
 
 def test_published_configs_are_known():
     config = LlavaOnevisionConfig()  # its defaults are those of llava-onevision-qwen2
-    assert hf.find_encoder(config, "") == "so400m_384"
+    assert hf.find_encoder(config) == "so400m_384"
     tower = CLIPVisionConfig(
         image_size=336,
         patch_size=14,
@@ -557,7 +560,7 @@ def test_published_configs_are_known():
     config = LlavaOnevisionConfig(
         vision_config=tower, vision_feature_layer=-2, vision_feature_select_strategy="default"
     )
-    assert hf.find_encoder(config, "") == "clip_l_336"
+    assert hf.find_encoder(config) == "clip_l_336"
 
 
 @pytest.mark.parametrize("name", ["clip_l_224", "clip_l_336", "so400m_384"])

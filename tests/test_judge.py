@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -16,16 +17,17 @@ from launching import ROOT, command
 from PIL import Image
 
 from nanollava.evaluate import Answer, read_lines
+from nanollava.sources import import_file
 
 pytest.importorskip("lmms_eval", reason="the extra `eval` is not installed")
 from lmms_eval.evaluator import simple_evaluate  # noqa: E402
 from lmms_eval.tasks import TaskManager  # noqa: E402
 
 from nanollava.ablations.rows import TABLES  # noqa: E402
-from nanollava.benchmarks import blog as benchmarks  # noqa: E402
-from nanollava.benchmarks import judge, lmms  # noqa: E402
+from nanollava.benchmarks import blog, judge, lmms  # noqa: E402
 
 MANAGER = TaskManager("ERROR", include_path=str(ROOT / "recipes/eval"))
+utils = import_file(str(ROOT / "recipes/eval/utils.py"))
 PNGS = []
 for i in range(3):
     Image.effect_noise((90, 60 + i), 90).save(file := io.BytesIO(), "PNG")
@@ -81,13 +83,13 @@ def endpoint(monkeypatch, tmp_path):
         monkeypatch.setenv(key, value)
     monkeypatch.chdir(tmp_path)
     judge.server.cache_clear()
-    judge.known.cache_clear()
-    judge.missed.clear()
+    judge.kept_judgements.cache_clear()
+    judge.failures.clear()
     yield server
     server.shutdown()
 
 
-def ask(text, read=judge.final_score, **more):
+def ask(text, read=utils.final_score, **more):
     return judge.judge([{"role": "user", "content": text}], read, **more)
 
 
@@ -99,12 +101,28 @@ def test_a_judgement_is_asked_for_once(endpoint, tmp_path, monkeypatch):
     ask("a", images=[blue])
     ask("a", images=[red])
     assert len(endpoint.asked) == 4, "the text, and each image"
-    judge.known.cache_clear()  # another process
+    judge.kept_judgements.cache_clear()  # another process
     assert ask("b") == judge.Judgement("judged", 80, GOOD, "fake-2024")
     assert len(endpoint.asked) == 4 and len(read_lines(tmp_path / "judged.jsonl")) == 4
     monkeypatch.setenv("MODEL_VERSION", "another")
     ask("b")
     assert len(endpoint.asked) == 5 and endpoint.asked[-1]["model"] == "another"
+
+
+def test_keys_of_kept_judgements_do_not_change(endpoint, monkeypatch):
+    """Old files of judgements stay valid: a key is a hash of what was asked, whom, and where."""
+    monkeypatch.setenv("OPENAI_API_URL", "http://e/v1")
+    provider = judge.server("fake", "openai", "", 1)
+    monkeypatch.setattr(judge, "server", lambda *_: provider)
+    monkeypatch.setattr(
+        provider, "evaluate", lambda _: SimpleNamespace(content=GOOD, model_used="")
+    )
+    ask("a")
+    ask("c", max_new_tokens=64)
+    assert [*judge.kept_judgements(judge.judgements_file())] == [
+        "ad5db399675b7afae129f693",
+        "ddac0175e62538a65001448f",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +144,7 @@ def test_what_is_no_score_is_none(endpoint, says, state):
     assert found.state == state and (found.points is None) == (state != "judged")
     assert len(endpoint.asked) == (4 if state == "failed" else 1), "four tries"
     assert (
-        judge.results(found)[state] == 1 and sum(judge.results(found)[s] for s in judge.STATES) == 1
+        utils.results(found)[state] == 1 and sum(utils.results(found)[s] for s in blog.STATES) == 1
     )
 
 
@@ -137,10 +155,12 @@ def test_an_endpoint_that_is_down_is_not_asked_for_ever(endpoint, tmp_path):
     assert ask("2").state == "failed"
     before = len(endpoint.asked)
     for _ in range(2):  # lmms-eval may try again
-        with pytest.raises(judge.JudgeDown, match=r"3 times in a row.*1 judgements are kept in"):
+        with pytest.raises(
+            ValueError, match=r"3 times in a row.*1 judgements are kept in.*run it again"
+        ):
             ask("3")
     assert len(endpoint.asked) == before and ask("kept").points == 80
-    judge.missed.clear()  # another run
+    judge.failures.clear()  # another run
     endpoint.says = [GOOD]
     assert ask("0").points == 80, "what failed is asked again"
 
@@ -148,15 +168,15 @@ def test_an_endpoint_that_is_down_is_not_asked_for_ever(endpoint, tmp_path):
 @pytest.mark.parametrize(
     "read, text, score",
     [
-        (judge.final_score, "Final Score: 85", 85),
-        (judge.final_score, "**Final Score: 7.5**", 7.5),
-        (judge.final_score, "Final Score: **90**", 90),
-        (judge.final_score, "Score: 85", None),
-        (judge.detail_score, "{'score': 4}", 4),
-        (judge.detail_score, '{"score": "3"}', 3),
-        (judge.detail_score, "{'score': 4.8}", 4.8),
-        (judge.detail_score, "{'score': 9}", None),
-        (judge.detail_score, "4", None),
+        (utils.final_score, "Final Score: 85", 85),
+        (utils.final_score, "**Final Score: 7.5**", 7.5),
+        (utils.final_score, "Final Score: **90**", 90),
+        (utils.final_score, "Score: 85", None),
+        (utils.detail_score, "{'score': 4}", 4),
+        (utils.detail_score, '{"score": "3"}', 3),
+        (utils.detail_score, "{'score': 4.8}", 4.8),
+        (utils.detail_score, "{'score': 9}", None),
+        (utils.detail_score, "4", None),
     ],
 )
 def test_scores_are_read(read, text, score):
@@ -168,7 +188,7 @@ def run(task, answers, monkeypatch):
 
     def answer_all(assistant, writer, items, room, title, keep):
         for item in items:
-            keep(item, Answer(answers[item[2]]))
+            keep(item, Answer(answers[item.place]))
 
     monkeypatch.setattr(lmms, "answer_all", answer_all)
     return simple_evaluate(
@@ -189,7 +209,7 @@ def test_images_of_ones_own(endpoint, tmp_path, monkeypatch):
     endpoint.says = ["Final Score: 80", "Sorry.", "Final Score: 40", ""]
     found = run("image_dc_own_en", [f"caption {i}" for i in range(4)], monkeypatch)
     assert found["judge_score,none"] == 60, "the mean of what was judged"
-    states = {s: found[f"{s},none"] for s in judge.STATES}
+    states = {s: found[f"{s},none"] for s in blog.STATES}
     assert states == {"judged": 2, "refused": 1, "unreadable": 1, "failed": 0}
     text, image = endpoint.asked[0]["messages"][0]["content"]
     assert "caption" in text["text"] and "Final Score" in text["text"]
@@ -286,15 +306,15 @@ def mine(tmp_path, monkeypatch):
 
 def test_what_was_scored_and_answered_is_not_done_again(mine, capsys):
     run, asked = mine
-    benchmarks.main(run, ["docvqa"], 2)
-    benchmarks.main(run, ["docvqa_val"], 2)
+    lmms.run_benchmarks(run, ["docvqa"], 2)
+    lmms.run_benchmarks(run, ["docvqa_val"], 2)
     assert asked == [2] and len(read_lines(run / "benchmarks.jsonl")) == 1
     told = capsys.readouterr().out
     assert "58.8" in told and "docvqa_val: the first 2" in told
-    benchmarks.main(run, ["docvqa"])
+    lmms.run_benchmarks(run, ["docvqa"])
     assert asked == [2, 2], "of four questions two were answered before"
     (run / "benchmarks.jsonl").unlink()
-    benchmarks.main(run, ["docvqa"], 2, beside="T4:4")
+    lmms.run_benchmarks(run, ["docvqa"], 2, beside="T4:4")
     assert asked == [2, 2] and "62.7" in capsys.readouterr().out
 
 
@@ -303,12 +323,14 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(mine, capsys, mon
     for key in ("OPENAI_API_KEY", "MODEL_VERSION"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("JUDGE_PRICE", "2,10")
-    benchmarks.main(run, ["llava_w", "image_dc_en", "pope", "docvqa"], 4)
+    lmms.run_benchmarks(run, ["llava_w", "image_dc_en", "pope", "docvqa"], 4)
     told = capsys.readouterr().out
-    assert "llava_w_2024: a judge is asked at most 4 questions" in told and "$0.0" in told
-    assert "llava_w_2024: needs a judge: set MODEL_VERSION" in told
-    assert "image_dc_own_en: put your images into data/image_dc_en" in told
-    assert "pope: KeyError: 'test'" in told, "its split is another"
+    assert "llava_w_2024: the judge is asked at most 4 questions" in told and "$0.0" in told
+    assert "llava_w_2024: this task needs a judge: set MODEL_VERSION" in told
+    assert (
+        "image_dc_own_en: this task needs images of yours: put them into data/image_dc_en" in told
+    )
+    assert "pope: KeyError('test')" in told, "its split is another"
     assert "docvqa_val: the first 4" in told
 
 
@@ -335,7 +357,7 @@ def test_an_unreadable_image_is_wrong_and_named(mine, capsys, monkeypatch):
         {"validation": datasets.Dataset.from_list(rows, features=features)}
     )
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found.copy())
-    benchmarks.main(run, ["docvqa"])
+    lmms.run_benchmarks(run, ["docvqa"])
     told = " ".join(capsys.readouterr().out.split())
     assert "docvqa_val: 1 unreadable, counted as wrong: docvqa_val 1" in told
     (row,) = read_lines(run / "benchmarks.jsonl")
@@ -345,8 +367,9 @@ def test_an_unreadable_image_is_wrong_and_named(mine, capsys, monkeypatch):
 def test_data_without_a_column_have_no_score(mine, capsys, monkeypatch):
     run, _ = mine
     local(monkeypatch, "validation", [{"question": "q", "image": Image.new("RGB", (9, 9))}])
-    benchmarks.main(run, ["docvqa"])
-    assert "docvqa_val: its data have no column 'answers', only" in capsys.readouterr().out
+    lmms.run_benchmarks(run, ["docvqa"])
+    told = capsys.readouterr().out
+    assert "docvqa_val: its data have the columns ['question']; expected 'answers'" in told
 
 
 def test_failures_are_no_score_and_asked_again(mine, endpoint, capsys, tmp_path, monkeypatch):
@@ -357,45 +380,46 @@ def test_failures_are_no_score_and_asked_again(mine, endpoint, capsys, tmp_path,
     for i in range(12):
         Image.new("RGB", (60, 40), (20 * i, 0, 0)).save(folder / f"{i}.png")
     endpoint.says = ["fail"]
-    benchmarks.main(run, ["image_dc_en"])
+    lmms.run_benchmarks(run, ["image_dc_en"])
     told = capsys.readouterr().out
     assert "image_dc_own_en: fake did not answer 3 times in a row" in told
     assert not read_lines(run / "benchmarks.jsonl")
     before = len(endpoint.asked)
     assert before <= 4 * (3 + 3), "four threads: three may be under way when the third fails"
-    judge.missed.clear()
-    judge.missed.clear()
+    judge.failures.clear()
     endpoint.says = [GOOD]
-    benchmarks.main(run, ["image_dc_en"])
+    lmms.run_benchmarks(run, ["image_dc_en"])
     told = capsys.readouterr().out
     assert "80.0" in told and "12 judged by fake-2024" in told
     (row,) = read_lines(run / "benchmarks.jsonl")
     assert row["judge"] == "fake" and row["values"]["judges"] == ["fake-2024"]
     Image.new("RGB", (60, 40), "blue").save(folder / "12.png")
-    benchmarks.main(run, ["image_dc_en"])
+    lmms.run_benchmarks(run, ["image_dc_en"])
     assert len(endpoint.asked) == before + 13, "other images, another score; one question is new"
 
 
 def test_names_and_rows_that_are_none(mine):
     run, _ = mine
-    with pytest.raises(ValueError, match=r"\['chartq'\]; near: \['chartqa'"):
-        benchmarks.main(run, ["docvqa", "chartq"])
+    with pytest.raises(ValueError, match=r"\['chartq'\]; close to the first: \['chartqa'"):
+        lmms.run_benchmarks(run, ["docvqa", "chartq"])
     with pytest.raises(ValueError, match="TABLE:ROW, like T4:0"):
-        benchmarks.main(run, ["docvqa"], beside="T4:99")
+        lmms.run_benchmarks(run, ["docvqa"], beside="T4:99")
 
 
 def test_the_blogs_columns_are_tasks_and_its_units():
-    blog = TABLES
-    columns = {name for table in blog.values() for name in table["metrics"]} - {"avg", "scienceqa"}
-    assert columns == {*benchmarks.BLOG}
-    assert {column.task for column in benchmarks.BLOG.values()} <= {*MANAGER.all_tasks}
-    value = benchmarks.value_of
+    columns = {name for table in TABLES.values() for name in table["metrics"]} - {
+        "avg",
+        "scienceqa",
+    }
+    assert columns == {*blog.BLOG}
+    assert {column.task for column in blog.BLOG.values()} <= {*MANAGER.all_tasks}
+    value = blog.value_of
     mme = {"mme_perception_score": 1400.0, "mme_cognition_score": 280.0}
-    assert value(benchmarks.BLOG["mme"], mme) == pytest.approx(60)
-    assert value(benchmarks.BLOG["synthdog"], {"tree_edit_distance": 418.5}) == 418.5
-    assert value(benchmarks.BLOG["ocrbench"], {"ocrbench_accuracy": 0.5}) == 50
-    assert value(benchmarks.BLOG["video_dc"], {"judge_score": 3.2}) == 64
-    assert value(benchmarks.BLOG["pope"], {}) is None
+    assert value(blog.BLOG["mme"], mme) == pytest.approx(60)
+    assert value(blog.BLOG["synthdog"], {"tree_edit_distance": 418.5}) == 418.5
+    assert value(blog.BLOG["ocrbench"], {"ocrbench_accuracy": 0.5}) == 50
+    assert value(blog.BLOG["video_dc"], {"judge_score": 3.2}) == 64
+    assert value(blog.BLOG["pope"], {}) is None
 
 
 def test_two_processes_judge_their_shares(mine, endpoint, tmp_path):

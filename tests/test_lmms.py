@@ -16,6 +16,7 @@ from PIL import Image
 
 from nanollava import metrics
 from nanollava.evaluate import Answer, read_lines
+from nanollava.prompts import Turn
 from nanollava.sources import import_file
 
 pytest.importorskip("lmms_eval", reason="the extra `eval` is not installed")
@@ -265,8 +266,8 @@ def test_the_blogs_tasks_ask_in_their_words_and_tell_right_from_wrong(task, loca
 
         def answer_all(assistant, writer, items, room, title, keep, said=said, seen=seen):
             for item in items:
-                seen.append((item[0], len(item[1]), room))
-                keep(item, Answer(said[item[2]]))
+                seen.append((item.turns, len(item.images), room))
+                keep(item, Answer(said[item.place]))
 
         monkeypatch.setattr(lmms, "answer_all", answer_all)
         found = run(task)["results"][task]
@@ -313,15 +314,27 @@ def test_several_images_and_frames_are_told_apart_as_in_the_released_code(tmp_pa
 
     def ask(i):
         say = lambda doc: [{"role": "user", "content": doc}]  # noqa: E731
-        return model.read(SimpleNamespace(args=("", say, {}, i, "t", "test")))
+        return model.read(SimpleNamespace(args=("", say, {}, i, "t", "test")), i)
 
-    kind, (turn,), pictures = ask(0)
-    assert (kind, turn.text, len(pictures)) == ("image", "<image> <image>\nwhich?", 2)
-    kind, (turn,), pictures = ask(1)
-    assert (kind, turn.text, turn.images) == ("video", "<image>" * 8 + "\nwhat?", 8)
-    lays = model.writers["video"]([turn], pictures, answer=True).layouts
+    question = ask(0)
+    (turn,) = question.turns
+    assert (question.kind, turn.text) == ("image", "<image> <image>\nwhich?")
+    assert len(question.images) == turn.images == 2
+    question = ask(1)
+    (turn,) = question.turns
+    assert (question.kind, turn.text, turn.images) == ("video", "<image>" * 8 + "\nwhat?", 8)
+    lays = model.writers["video"]([turn], question.images, answer=True).layouts
     assert [x.tokens for x in lays] == [9] * 8, "6 x 6 become 3 x 3, as 27 x 27 become 14 x 14"
     assert {x.grid for x in lays} == {(0, 0)}
+
+
+def test_keys_of_kept_answers_do_not_change():
+    """Old files of answers stay valid: a key is a hash of the question and of what answers it."""
+    model = lmms.Nanollava(f"{ROOT}/demo/nano")
+    image = Image.new("RGB", (90, 60), "red")
+    key = model.key("image", [Turn("user", "<image>\nwhat?", 1)], [image], 5)
+    assert key == "7cb85991f9fe4868b04a58c5"
+    assert model.key("video", [Turn("user", "what?", 0)], [], 1024) == "7833d724fb80d59e393130ea"
 
 
 def test_an_unknown_key_is_named(local):

@@ -1,54 +1,70 @@
-"""nanollava as a model of lmms-eval, whose scores the blog prints.
+"""nanollava as a model of lmms-eval, and a run over the blog's benchmarks.
+
+lmms-eval finds the model by its entry point and asks it questions:
 
     pip install lmms-eval==0.7.3
     lmms-eval eval --model nanollava --tasks docvqa_val,chartqa \\
         --model_args pretrained=runs/mine,max_grid=6x6,max_visual_tokens=7290
 
-Arguments beyond `pretrained`, `device` and `max_frames` are visual keys of the recipe. Batches are
-made by tokens, `batch_size` is not needed. Answers are greedy and end with the turn, whatever a
-task's `until` says, as in the released code's wrapper. On several GPUs: `accelerate launch -m
-lmms_eval ...`. With `answers=FOLDER`, answers are kept there as they come, and what was answered
-before is not asked again.
+Arguments other than `pretrained`, `device`, `max_frames` and `answers` are visual keys of the
+recipe. Answers are decoded greedily and end with the turn, whatever a task's `until` says, as in
+the released code's wrapper. Batches are made by tokens, so `batch_size` has no effect. With
+`answers=FOLDER`, each answer is kept there as it comes, and a question that was answered before is
+not asked again. On several GPUs: `accelerate launch -m lmms_eval ...`.
+
+`run_benchmarks` asks and scores in one command, and prints our scores next to the blog's:
+
+    python -m nanollava evaluate runs/mine --tasks blog
+    python -m nanollava evaluate runs/mine --tasks docvqa_val,pope --limit 100
+    composer -n 8 -m nanollava evaluate runs/mine --tasks blog
+
+Each task that was scored is one line of benchmarks.jsonl in the run folder, so the same command
+resumes if interrupted. A task that cannot be scored is listed with the reason.
 """
 
 import hashlib
-import logging
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.tasks import TaskManager
+from lmms_eval.api.task import ConfigurableTask
+from lmms_eval.tasks import TaskManager, get_task_dict
 from loguru import logger
+from tenacity import stop_after_attempt
 
 from nanollava.anyres import MAX_PIXELS, open_image
-from nanollava.benchmarks.blog import chosen, judge_column, judge_of, row_of, show, tell_price
-from nanollava.evaluate import (
-    AHEAD,
-    Answer,
-    add_line,
-    answer_all,
-    ranks,
-    read_lines,
-    weights_digest,
-)
+from nanollava.benchmarks import blog, judge
+from nanollava.evaluate import Answer, add_line, answer_all, ranks, read_lines, weights_digest
 from nanollava.extras.video import open_video
 from nanollava.files import repository_file
 from nanollava.generate import load
 from nanollava.prompts import PLACEHOLDER, Turn
 from nanollava.recipe import with_visual
 
-ROOM = 1024  # tokens of an answer where a task does not say, as in the released code's wrapper
-log = logging.getLogger(__name__)
+MAX_NEW_TOKENS = 1024  # where a task does not say, as in the released code's wrapper
+AHEAD = 256  # images that wait in memory
+EVALUATOR = {"batch_size": 1, "bootstrap_iters": 0, "log_samples": True, "verbosity": "ERROR"}
+
+
+class Question(NamedTuple):
+    """One question to the model. `answer_all` reads the first two fields."""
+
+    turns: list[Turn]
+    images: list  # images, or the frames of a video
+    kind: str  # "image" or "video"
+    max_new_tokens: int
+    place: int  # among lmms-eval's requests
+    key: str  # what its answer is kept under, if answers are kept
 
 
 def manifest() -> Any:
-    """What lmms-eval finds by the entry point."""
+    """What lmms-eval's entry point calls to find the model."""
+    # Imported here, because lmms_eval.models calls the entry point while it is being imported.
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="nanollava", chat_class_path=f"{__name__}.Nanollava")
@@ -57,7 +73,7 @@ def manifest() -> Any:
 class Nanollava(lmms):
     """A run or a LlavaOnevision folder that answers lmms-eval's questions."""
 
-    is_simple = False
+    is_simple = False  # lmms-eval hands over conversations, not texts
 
     def __init__(
         self,
@@ -70,179 +86,193 @@ class Nanollava(lmms):
         **visual: Any,
     ):
         super().__init__()
-        self.kept, self.wrong = Path(answers) if answers else None, []
+        self.folder = Path(answers) if answers else None  # where answers are kept
         self.weights = weights_digest(Path(pretrained)) if answers else ""
-        self.assistant, self.frames, self.batch_size = load(pretrained, device), max_frames, 1
+        self.unreadable: list[str] = []  # questions whose image or video cannot be read
+        self.assistant = load(pretrained, device)
+        self.max_frames, self.batch_size = max_frames, 1
         model = self.assistant.model
         self.device = model.newline.device
-        film = {"max_grid": "base", "pool_stride": 2}  # a frame is one view, pooled: 27x27 -> 14x14
+        frames = {"max_grid": "base", "pool_stride": 2}  # one view each, pooled: 27x27 -> 14x14
         self.writers = {
-            kind: model.writer(with_visual(model.recipe, visual | keys).visual)
-            for kind, keys in (("image", {}), ("video", film))
+            "image": model.writer(with_visual(model.recipe, visual).visual),
+            "video": model.writer(with_visual(model.recipe, visual | frames).visual),
         }
 
-    def read(self, request: Instance) -> tuple[str, list[Turn], list]:
-        """A request -> "image" or "video", its turns, its images or frames."""
-        _, to_messages, _, name, task, split = request.args
-        kind, turns, pictures, system = "image", [], [], ""
+    def read(self, request: Instance, place: int = 0) -> Question:
+        """A request -> the question. Raises ValueError or OSError if its media cannot be read."""
+        _, to_messages, settings, name, task, split = request.args
+        kind, turns, images, system = "image", [], [], ""
         for message in to_messages(self.task_dict[task][split][name]):
-            text, before = "", len(pictures)
-            for part, more in pairwise([*message["content"], {"type": "end"}]):
+            text, before = "", len(images)
+            for part, following in pairwise([*message["content"], {"type": "end"}]):
                 if part["type"] == "text":
                     text += part["text"]
                     continue
-                if part["type"] not in ("image", "video"):
-                    raise ValueError(f"{task} {name} holds {part['type']}: only images and videos")
-                found = [part["url"]]
+                pictures = [part["url"]]
                 if part["type"] == "video":
                     kind = "video"
-                    found = open_video(part["url"], self.frames, 10 * MAX_PIXELS)  # an hour of 720p
-                pictures += found  # several images are told apart by a space, frames are not
-                text += PLACEHOLDER * len(found) + (" " if more["type"] == "image" else "\n")
+                    # The limit allows an hour of video at 720p.
+                    pictures = open_video(part["url"], self.max_frames, 10 * MAX_PIXELS)
+                elif part["type"] != "image":
+                    raise ValueError(f"a part is {part['type']!r}; expected text, image or video")
+                images += pictures
+                # As in the released code, a space separates images, and nothing separates frames.
+                separator = " " if following["type"] == "image" else "\n"
+                text += PLACEHOLDER * len(pictures) + separator
             if message["role"] == "system":
-                system = f"{text}\n"
+                system = f"{text}\n"  # begins the next turn
                 continue
-            turns.append(Turn(message["role"], system + text, len(pictures) - before))
+            turns.append(Turn(message["role"], system + text, len(images) - before))
             system = ""
-        return kind, turns, pictures
+        max_new_tokens = int(settings.get("max_new_tokens") or MAX_NEW_TOKENS)
+        key = self.key(kind, turns, images, max_new_tokens) if self.folder else ""
+        return Question(turns, images, kind, max_new_tokens, place, key)
 
-    def key(self, kind: str, turns: list[Turn], pictures: list, room: int) -> str:
-        """Tells a question to these weights at these settings apart, by its content."""
-        asked = (self.weights, self.frames, self.writers[kind].visual, turns, room)
-        digest = hashlib.sha256(f"{asked}".encode())
-        for picture in pictures:
+    def key(self, kind: str, turns: list[Turn], images: list, max_new_tokens: int) -> str:
+        """A hash of a question's content, of these weights and of these settings."""
+        visual = self.writers[kind].visual
+        settings = (self.weights, self.max_frames, visual, turns, max_new_tokens)
+        digest = hashlib.sha256(f"{settings}".encode())
+        for picture in images:
             image = open_image(picture)
             digest.update(f"{image.size}".encode() + image.tobytes())
         return digest.hexdigest()[:24]
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Answers, as they were asked; what cannot be read is named, and its answer is empty."""
-        known, answers, waiting, held = {}, [""] * len(requests), [], 0
-        if self.kept:
-            self.kept.mkdir(parents=True, exist_ok=True)
-        for file in self.kept.glob("answers*.jsonl") if self.kept else ():
-            known |= {row["key"]: row["text"] for row in read_lines(file)}
-        for i, request in enumerate(requests):
-            room = int(request.args[2].get("max_new_tokens") or ROOM)
+        """Answers in the order of the requests; "" if an image or video cannot be read."""
+        kept = judge.kept_lines(self.folder, "answers*.jsonl") if self.folder else {}
+        answers = [""] * len(requests)
+        waiting: list[Question] = []
+        for place, request in enumerate(requests):
             try:
-                kind, turns, pictures = self.read(request)
-                key = self.key(kind, turns, pictures, room) if self.kept else ""
+                question = self.read(request, place)
             except (ValueError, OSError) as error:
-                self.wrong.append(f"{request.args[4]} {request.args[3]}")
-                log.warning("%s: %s; counted as wrong", self.wrong[-1], error)
+                self.unreadable.append(f"{request.args[4]} {request.args[3]}")
+                logger.warning(f"{self.unreadable[-1]}: {error}; counted as wrong")
                 continue
-            if key in known:
-                answers[i] = known[key]
+            if question.key in kept:
+                answers[place] = kept[question.key]["text"]
                 continue
-            waiting.append(((kind, room), (turns, pictures, i, key)))
-            held += len(pictures)
-            if held >= AHEAD:  # no more images than these in memory
+            waiting.append(question)
+            # Answer in portions, so that not all images of a benchmark are in memory at once.
+            if sum(len(one.images) for one in waiting) >= AHEAD:
                 self.answer(waiting, answers, request.task_name)
-                waiting, held = [], 0
+                waiting = []
         if waiting:
             self.answer(waiting, answers, requests[0].task_name)
         return answers
 
-    def answer(self, waiting: list[tuple], answers: list[str], title: str) -> None:
-        """Fill in the answers to what waits, and keep each as it comes."""
+    def answer(self, waiting: list[Question], answers: list[str], title: str) -> None:
+        """Fill in the answers to the waiting questions, and keep each as it comes."""
 
-        def keep(item: tuple, answer: Answer) -> None:
-            answers[item[2]] = answer.text
-            if self.kept:
-                file = self.kept / f"answers{self.rank or ''}.jsonl"
-                add_line(file, {"key": item[3], "text": answer.text})
+        def keep(question: Question, answer: Answer) -> None:
+            answers[question.place] = answer.text
+            if self.folder:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = self.folder / f"answers{self.rank or ''}.jsonl"
+                add_line(file, {"key": question.key, "text": answer.text})
 
-        for kind, room in dict.fromkeys(group for group, _ in waiting):
-            items = [item for group, item in waiting if group == (kind, room)]
-            answer_all(self.assistant, self.writers[kind], items, room, title, keep)
+        # A batch has one way of turning images into tokens, and one length of answers.
+        groups: dict[tuple, list] = {}
+        for question in waiting:
+            groups.setdefault((question.kind, question.max_new_tokens), []).append(question)
+        for (kind, max_new_tokens), questions in groups.items():
+            answer_all(self.assistant, self.writers[kind], questions, max_new_tokens, title, keep)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Not for this model: the blog's tasks all ask for text."""
-        raise NotImplementedError("nanollava answers in text; choose a task of generate_until")
+        """lmms-eval's other kinds of questions. None of the blog's tasks asks them."""
+        raise NotImplementedError("nanollava answers in text: choose a task of generate_until")
 
-    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Not for this model: none of the blog's tasks asks in rounds."""
-        raise NotImplementedError("nanollava answers in text; choose a task of generate_until")
+    generate_until_multi_round = loglikelihood
 
 
-def load_task(task: str, manager: Any) -> Any:
-    """lmms-eval's task with its data; ValueError for data without a column that it reads."""
-    from lmms_eval.api.task import ConfigurableTask
-    from lmms_eval.tasks import get_task_dict
-    from tenacity import stop_after_attempt
-
-    for part in (ConfigurableTask.download, ConfigurableTask.process_results):
-        part.retry.stop, part.retry.reraise = stop_after_attempt(1), True  # the reason, at once
-    found = get_task_dict([task], manager, "chat")[task]
-    target, columns = found.config.doc_to_target, found.eval_docs_no_media.column_names
+def load_task(task: str, manager: TaskManager) -> ConfigurableTask:
+    """lmms-eval's task with its data. Raises ValueError if a column that it reads is missing."""
+    for method in (ConfigurableTask.download, ConfigurableTask.process_results):
+        method.retry.stop = stop_after_attempt(1)  # the first error is the reason to print
+        method.retry.reraise = True
+    loaded = get_task_dict([task], manager, "chat")[task]
+    target, columns = loaded.config.doc_to_target, loaded.eval_docs_no_media.column_names
     if isinstance(target, str) and target.isidentifier() and target not in columns:
-        raise ValueError(f"its data have no column {target!r}, only {columns}")
-    return found
+        raise ValueError(f"its data have the columns {columns}; expected {target!r} among them")
+    return loaded
 
 
-def score_task(model: Any, task: str, manager: Any, limit: int, folder: Path) -> dict[str, Any]:
-    """Metric -> value of one task, as lmms-eval's evaluator finds them."""
-    from lmms_eval.evaluator import simple_evaluate
+def score_task(model: Nanollava, task: str, manager: Any, limit: int, folder: Path) -> dict:
+    """Metric -> value of one task, as lmms-eval's evaluator finds them; empty except on rank 0."""
+    from lmms_eval.evaluator import simple_evaluate  # imports lmms_eval.models: see `manifest`
 
-    judged, model.wrong = bool(judge_column(task)), []
-    args = Namespace(process_with_media=False, output_path=str(folder))  # answers need no images
-    found = simple_evaluate(
+    model.unreadable = []
+    evaluated = simple_evaluate(
         model=model,
         tasks=[load_task(task, manager)],
         limit=limit or None,
-        batch_size=1,
-        bootstrap_iters=0,
-        log_samples=True,
-        verbosity="ERROR",
-        cli_args=args,
-        process_docs_parallel=4 if judged else 1,  # some tasks guess at random
+        **EVALUATOR,
+        cli_args=Namespace(process_with_media=False, output_path=str(folder)),  # texts are enough
+        process_docs_parallel=4 if task in blog.JUDGED else 1,  # some other tasks guess at random
         distributed_executor_backend="torchrun",  # accelerate knows no second process on a CPU
     )
-    if found is None:  # the first process has them
+    if evaluated is None:  # only the first process has the result
         return {}
-    values: dict[str, Any] = {"n": len(found["samples"][task]), "unreadable images": model.wrong}
-    for name, value in found["results"][task].items():
-        metric = name.split(",")[0]
+    samples = evaluated["samples"][task]
+    values: dict[str, Any] = {"n": len(samples), "unreadable images": model.unreadable}
+    for name, value in evaluated["results"][task].items():
+        metric = name.split(",")[0]  # "anls,none" -> "anls"
         if isinstance(value, int | float) and "stderr" not in metric:
             values[metric] = float(value)
-    if judged:
-        judges = {row["judge_score"]["model"] for row in found["samples"][task]} - {""}
-        values["judges"] = sorted(judges)
+    if task in blog.JUDGED:
+        judges = {sample["judge_score"]["model"] for sample in samples}
+        values["judges"] = sorted(judges - {""})
     return values
 
 
-def score_once(model: Any, task: str, manager: Any, asked: dict[str, Any], file: Path) -> dict:
-    """A task's values, as they were measured before or now."""
-    tell_price(task, asked["limit"])
-    key = {"task": task, **judge_of(task), **asked}
-    found = next((row for row in read_lines(file) if key.items() <= row.items()), None)
-    if found is None:
-        found = {**key, "values": score_task(model, task, manager, asked["limit"], file.parent)}
-        if found["values"] and not found["values"].get("failed"):  # else it is asked again
-            add_line(file, found)
-    return found["values"]
+def judge_settings(task: str) -> dict[str, str]:
+    """What else a judged task's score depends on.
+
+    Raises ValueError if no judge is set up, or if the task waits for your images.
+    """
+    folder = blog.images_folder(task)
+    images = sorted((file.name, file.stat().st_size) for file in folder.glob("*"))
+    if not images and not blog.JUDGED[task].questions:
+        raise ValueError(f"this task needs images of yours: put them into {folder}")
+    model, _, endpoint = judge.judge_in_use()
+    return {"judge": model, "endpoint": endpoint, "images": f"{images}"}
+
+
+def score_once(model: Nanollava, task: str, manager: Any, settings: dict, file: Path) -> dict:
+    """A task's values, measured now or found in `file`."""
+    blog.tell_price(task, settings["limit"])
+    judged = judge_settings(task) if task in blog.JUDGED else {}
+    key = {"task": task, **judged, **settings}
+    for line in read_lines(file):
+        if key.items() <= line.items():
+            return line["values"]
+    values = score_task(model, task, manager, settings["limit"], file.parent)
+    if values and not values.get("failed"):  # where a judge failed, the next run asks again
+        add_line(file, {**key, "values": values})
+    return values
 
 
 def run_benchmarks(run: Path, names: Sequence[str], limit: int = 0, beside: str = "T4:0") -> None:
-    """Score a run on benchmarks; goes on where it was stopped."""
-    if not run.is_dir():
-        raise FileNotFoundError(f"{run} is no folder: give a run's, or a LlavaOnevision's")
-    logger.remove()
+    """Score a run on benchmarks and print the scores next to the blog's; resumes if interrupted."""
+    blog.row_of(beside)  # a misspelled row is an error now, not when all is scored
+    logger.remove()  # lmms-eval logs every step
     logger.add(sys.stderr, level="WARNING")
-    row_of(beside)  # what is wrong with it is told now
     rank, world = ranks()
-    manager, rows, reasons = TaskManager("ERROR", include_path=str(repository_file("eval"))), {}, {}
-    tasks = chosen(names, manager.all_subtasks)
+    manager = TaskManager("ERROR", include_path=str(repository_file("eval")))
+    tasks = blog.find_tasks(names, manager.all_subtasks)
     model = Nanollava(str(run), answers=str(run))
-    visual = asdict(model.writers["image"].visual)
-    asked = {"weights": model.weights, "limit": limit, "visual": visual}
+    visual = vars(model.writers["image"].visual)
+    settings = {"weights": model.weights, "limit": limit, "visual": visual}
+    results, reasons = {}, {}
     for task in tasks:
         try:
-            rows[task] = score_once(model, task, manager, asked, run / "benchmarks.jsonl")
-        except (Exception, SystemExit) as error:  # a task is foreign code; the others go on
+            results[task] = score_once(model, task, manager, settings, run / "benchmarks.jsonl")
+        except (Exception, SystemExit) as error:  # a task is foreign code; the others continue
             if world > 1:
                 raise  # the other processes would wait for this one
-            told = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-            reasons[task] = f"{told}{error}".split("\n")[0][:200] or type(error).__name__
+            reason = str(error) if isinstance(error, ValueError | OSError) else repr(error)
+            reasons[task] = reason.split("\n")[0][:200]
     if rank == 0:
-        show(rows, reasons, beside, limit)
+        blog.show(results, reasons, beside, limit)

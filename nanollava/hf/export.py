@@ -1,10 +1,8 @@
-"""Export: a run as a LlavaOnevision folder (hf.py), written only if plain transformers agrees."""
+"""Export a run as a LlavaOnevision folder, and only if plain transformers gives the same logits."""
 
 import os
-from os.path import commonprefix
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 import transformers
@@ -13,52 +11,65 @@ from torch import nn
 
 from nanollava.checkpoint import load
 from nanollava.hf import llava_onevision as hf
+from nanollava.model import VLM
 from nanollava.prompts import PLACEHOLDER, Turn
 from nanollava.sequence import pack
 
 
-def reopen(folder: str | Path) -> tuple[nn.Module, Any]:
+def reopen(folder: str | Path) -> tuple[nn.Module, transformers.ProcessorMixin]:
     """What plain transformers makes of a folder: its model in float32, and its processor."""
-    kind = transformers.AutoModelForImageTextToText
-    theirs = kind.from_pretrained(folder, dtype=torch.float32)
-    return theirs, transformers.AutoProcessor.from_pretrained(folder)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return model, transformers.AutoProcessor.from_pretrained(folder)
 
 
 @torch.no_grad()
-def difference(model: Any, folder: str | Path) -> float:
-    """The largest difference of a logit between a VLM and a folder in plain transformers, in
-    float32, on a fixed image and question. Raises ValueError where the tokens differ already.
+def difference(model: VLM, folder: str | Path) -> float:
+    """The largest difference of a logit between a VLM and a folder in plain transformers.
+
+    Both read the same question about the same image, in float32. Raises ValueError if their tokens
+    already differ.
     """
-    theirs, process = reopen(folder)
-    R, text, draw = model.spec.tile, "What is it?", torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (3 * R // 2, 5 * R // 2, 3), dtype=torch.uint8, generator=draw)
-    image = Image.fromarray(pixels.numpy())
-    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-    prompt = process.apply_chat_template(talk, add_generation_prompt=True)
-    inputs = process(images=image, text=prompt, return_tensors="pt")
-    turn = Turn("user", f"{PLACEHOLDER}\n{text}", 1)
-    row = pack([model.writer()([turn], [image], answer=True)], R)
-    ids = row.ids.index_fill(0, row.visual, theirs.config.image_token_id).tolist()
-    found = inputs["input_ids"][0].tolist()
-    same = f"{len(found)} tokens, the first {len(commonprefix([found, ids]))} as expected"
-    hf.need(found == ids, f"{folder}: the prompt in transformers", same, f"{len(ids)} tokens")
-    row = row.to(model.newline.device)
-    hidden = model.read(model.embed(row), row.positions, list(row.lengths))
-    mine = model.llm.lm_head(hidden).cpu()
-    return (theirs(**inputs).logits[0, :, : mine.shape[1]] - mine).abs().max().item()
+    theirs, processor = reopen(folder)
+    R, text = model.spec.tile, "What is it?"
+    noise = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3 * R // 2, 5 * R // 2, 3), dtype=torch.uint8, generator=noise)
+    image = Image.fromarray(pixels.numpy())  # (H, W, 3); wider than a tile, so that it has a grid
+
+    # 1. The question as transformers writes it, and as we do.
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images=image, text=prompt, return_tensors="pt")
+    turn = Turn("user", f"{PLACEHOLDER}\n{text}", images=1)
+    packed = pack([model.writer()([turn], [image], answer=True)], R)
+
+    # 2. The ids must be equal. Theirs are <image> wherever ours are visual tokens.
+    given = inputs["input_ids"][0].tolist()
+    expected = packed.ids.index_fill(0, packed.visual, theirs.config.image_token_id).tolist()
+    if given != expected:
+        same = len(os.path.commonprefix([given, expected]))
+        problem = f"{folder}: the prompt is {len(given)} tokens, the first {same} as expected"
+        raise ValueError(f"{problem}; expected {len(expected)} tokens. Export to a new folder")
+
+    # 3. The logits may differ by rounding.
+    packed = packed.to(model.newline.device)
+    hidden = model.read(model.embed(packed), packed.positions, list(packed.lengths))  # (S, D)
+    ours = model.llm.lm_head(hidden).cpu()  # (S, vocabulary)
+    logits = theirs(**inputs).logits[0, :, : ours.shape[1]]  # without the words that export adds
+    return (logits - ours).abs().max().item()
 
 
 def export(run: Path, out: Path) -> None:
     """Write a run as a LlavaOnevision folder for plain transformers, if both give equal logits."""
     if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty: give another folder")
-    model, above = load(run), out.absolute().parent
-    above.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=above) as scratch:  # so that OUT is whole, or not there
+        raise ValueError(f"{out} is not empty. Give a new or an empty folder")
+    model, parent = load(run), out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=parent) as scratch:  # `out` appears complete or not at all
         folder = Path(scratch, "out")
         hf.write(model, folder)
-        apart = difference(model, folder)
-        if not apart <= 1e-4:
-            raise ValueError(f"transformers' logits differ by {apart:.1e}, limit 1e-4: no {out}")
+        largest = difference(model, folder)
+        if not largest <= 1e-4:  # or nan
+            problem = f"transformers' logits differ by {largest:.1e}, limit 1e-4: no {out} written"
+            raise ValueError(f"{problem}. Try the version of transformers in requirements.txt")
         os.replace(folder, out)
-    print(f"{out}: transformers' logits differ by {apart:.1e} at most")
+    print(f"{out}: transformers' logits differ by {largest:.1e} at most")

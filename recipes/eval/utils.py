@@ -1,5 +1,8 @@
-"""Tasks of lmms-eval as the blog ran them in May 2024, where lmms-eval 0.7.3 differs, and judged
-ones on data that can be had. Prompts of judges and parsers are lmms-eval's own, read from it.
+"""Tasks of lmms-eval as the blog ran them in May 2024, and judged tasks on data that is available.
+
+lmms-eval 0.7.3 asks or scores some of the blog's benchmarks differently today; the .yaml files next
+to this one restore the blog's way. Parsers and the judges' prompts are lmms-eval's own, read from
+the installed package.
 
     python -m lmms_eval --model nanollava --model_args pretrained=RUN \\
         --include_path recipes/eval --tasks video_dc_2024
@@ -7,7 +10,9 @@ ones on data that can be had. Prompts of judges and parsers are lmms-eval's own,
 
 import os
 import re
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from threading import RLock
 from types import ModuleType, SimpleNamespace
@@ -15,12 +20,13 @@ from types import ModuleType, SimpleNamespace
 import lmms_eval.tasks
 from PIL import Image
 
-from nanollava.benchmarks import judge
+from nanollava.benchmarks.blog import STATES
+from nanollava.benchmarks.judge import Judgement, judge
 from nanollava.sources import import_file
 
-mean, total = judge.mean, sum
-lock = RLock()  # lmms-eval scores in threads; below, its files are imported and parts replaced
-os.environ.setdefault("HF_HOME", str(Path("~/.cache/huggingface").expanduser()))  # as it expects
+total = sum  # an aggregation that the .yaml files name
+lock = RLock()  # lmms-eval scores in threads, and below its files are imported and parts replaced
+os.environ.setdefault("HF_HOME", str(Path("~/.cache/huggingface").expanduser()))  # it expects one
 
 
 def theirs(name: str) -> ModuleType:
@@ -31,8 +37,10 @@ def theirs(name: str) -> ModuleType:
 
 @cache
 def imported(name: str) -> ModuleType:
-    """A file of lmms-eval's tasks; some of their folders have no name that can be imported, and
-    some make a judge when they are, which asks for a key.
+    """Import a file of lmms-eval's tasks by its path.
+
+    Some of their folders have names that Python cannot import, and some files set up a judge while
+    they are imported, which needs an API key.
     """
     key = os.environ.get("OPENAI_API_KEY")
     os.environ["OPENAI_API_KEY"] = key or "none"
@@ -42,99 +50,139 @@ def imported(name: str) -> ModuleType:
     return module
 
 
-# ---- images described in detail, on a folder of one's own: the blog's images were never released
+# ---- what a judge said -> a task's score
+
+
+def results(judgement: Judgement) -> dict:
+    """What a task's process_results returns: the score, and a count of one for its state."""
+    counts = {state: int(judgement.state == state) for state in STATES}
+    return {"judge_score": asdict(judgement), **counts}
+
+
+def mean(judgements: Sequence[dict]) -> float | None:
+    """The mean over the judgements that are scores; None if there is none."""
+    points = [judgement["points"] for judgement in judgements if judgement["points"] is not None]
+    return sum(points) / len(points) if points else None
+
+
+def find_score(pattern: str, highest: float, text: str) -> float | None:
+    """The number that a pattern finds in a judge's text, unless it is above the highest score."""
+    match = re.search(pattern, text)
+    return float(match[1]) if match and float(match[1]) <= highest else None
+
+
+# '... Final Score: 85' -> 85.0
+final_score = partial(find_score, r"Final Score:\s*\**\s*(\d+(?:\.\d+)?)", 100)
+# "{'score': 4}" -> 4.0
+detail_score = partial(find_score, r"""['"]score['"]\s*:\s*['"]?(\d+(?:\.\d+)?)""", 5)
+
+
+# ---- Image-DC: detailed descriptions of your own images, because the blog's were never released
 
 
 def picture(doc: dict) -> list[Image.Image]:
-    """The image of a folder's row."""
+    """The image of a row."""
     return [doc["image"].convert("RGB")]
 
 
 def question_en(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str:
-    """The blog's prompt of its re-captioned data."""
+    """The prompt of the blog's re-captioned data."""
     return "Please generate detailed descriptions of the given image."
 
 
 def question_cn(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str:
-    """Ours: the blog prints no Chinese prompt."""
+    """Our translation: the blog prints no Chinese prompt."""
     return "请详细描述这张图片。"
 
 
-def image_score(doc: dict, results: list[str]) -> dict:
+def image_score(doc: dict, answers: list[str]) -> dict:
     """0 to 100 by a judge that sees the image."""
     prompt = theirs("internal_eval/dc100_en_utils").EVALUATION_PROMPT_TEMPLATE_SIMPLE_V1
-    asked = [{"role": "user", "content": prompt.format(caption=results[0])}]
-    return judge.results(judge.judge(asked, judge.final_score, picture(doc)))
+    messages = [{"role": "user", "content": prompt.format(caption=answers[0])}]
+    return results(judge(messages, final_score, picture(doc)))
 
 
-# ---- 499 videos described in detail
+# ---- Video-DC: detailed descriptions of 499 videos
 
 
 def video(doc: dict) -> list[str]:
     """Where lmms-eval unpacked the video of a row."""
     folder = Path(os.environ["HF_HOME"]).expanduser() / "videochatgpt/Test_Videos"
-    return [str(next(folder.glob(f"{doc['video_name']}.*"), folder / f"{doc['video_name']}.mp4"))]
+    files = [*folder.glob(f"{doc['video_name']}.*"), folder / f"{doc['video_name']}.mp4"]
+    return [str(files[0])]
 
 
-def video_score(doc: dict, results: list[str]) -> dict:
-    """0 to 5 by a judge that knows the true description; the blog prints it times 20."""
+def video_score(doc: dict, answers: list[str]) -> dict:
+    """0 to 5 by a judge that knows the true description; the blog prints the mean times 20.
+
+    lmms-eval builds the prompt and posts it in one function, so that function runs with a `post`
+    that only records the messages.
+    """
     utils = theirs("video_detail_description/utils")
-    sent = {}
+    recorded = {}
 
     def post(*_, json: dict, **__):
-        sent.update(json)
+        recorded.update(json)
         body = {"model": "", "choices": [{"message": {"content": "not asked"}}]}
         return SimpleNamespace(raise_for_status=lambda: None, json=lambda: body)
 
     with lock:
         utils.requests = SimpleNamespace(post=post, exceptions=utils.requests.exceptions)
-        utils.get_eval_generic(doc["question"], doc["answer"], results[0], 64, retries=1)
-    found = judge.judge(sent["messages"], judge.detail_score, room=64)
-    return judge.results(found)
+        utils.get_eval_generic(doc["question"], doc["answer"], answers[0], 64, retries=1)
+    return results(judge(recorded["messages"], detail_score, max_new_tokens=64))
 
 
 # ---- LLaVA-Bench in the wild
 
 
-def wild_score(doc: dict, results: list[str]) -> dict:
-    """Two scores of 1 to 10, of GPT-4's answer and of ours, by a judge that reads a caption."""
+def wild_score(doc: dict, answers: list[str]) -> dict:
+    """Two scores of 1 to 10, for GPT-4's answer and for ours, by a judge that reads a caption.
+
+    As in `video_score`, lmms-eval's function runs only to record its prompt.
+    """
     utils = theirs("llava-in-the-wild/utils")
-    sent = {}
+    recorded = {}
 
     def pipeline(content: str, **_):
-        sent["content"] = content
+        recorded["content"] = content
         return SimpleNamespace(raw_output="", metadata={"scores": [0, 0]})
 
     with lock:
         utils._get_pipeline = lambda: pipeline
-        utils.llava_process_results(doc, results)
+        utils.llava_process_results(doc, answers)
     system = "You are a helpful and precise assistant for checking the quality of the answer."
-    asked = [{"role": "system", "content": system}, {"role": "user", "content": sent["content"]}]
-    return judge.results(judge.judge(asked, pair))
+    messages = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": recorded["content"]},
+    ]
+    return results(judge(messages, pair))
 
 
 def pair(text: str) -> tuple[float, float] | None:
-    """The first line's two scores, of GPT-4's answer and of ours."""
-    found = re.fullmatch(
-        r"(\d+(?:\.\d+)?)[\s,;]+(\d+(?:\.\d+)?)", text.strip().split("\n")[0].strip()
-    )
-    scores = found and (float(found[1]), float(found[2]))
-    return scores if scores and all(1 <= x <= 10 for x in scores) else None
+    """The two scores in the first line: of GPT-4's answer, and of ours."""
+    first = text.strip().split("\n")[0].strip()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)[\s,;]+(\d+(?:\.\d+)?)", first)
+    if not match:
+        return None
+    scores = float(match[1]), float(match[2])
+    return scores if all(1 <= score <= 10 for score in scores) else None
 
 
-def relative(found: list[dict]) -> float | None:
-    """100 times our mean over GPT-4's."""
-    pairs = [row["points"] for row in found if row["points"] is not None]
-    return 100 * sum(x for _, x in pairs) / sum(x for x, _ in pairs) if pairs else None
+def relative(judgements: list[dict]) -> float | None:
+    """100 times the sum of our scores over the sum of GPT-4's."""
+    pairs = [judgement["points"] for judgement in judgements if judgement["points"] is not None]
+    if not pairs:
+        return None
+    return 100 * sum(ours for _, ours in pairs) / sum(gpt4 for gpt4, _ in pairs)
 
 
-# ---- MathVista without a judge: what is no bare answer counts as wrong
+# ---- MathVista without a judge: only a bare answer can be right
 
 
 def math_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str:
     """The blog's prompt: the question, its choices, how to answer."""
-    keys = {"shot": 0, "shot_type": "format-prompt", "use_caption": False, "use_ocr": False}
-    return theirs("mathvista/utils").mathvista_doc_to_text(doc, keys)
+    settings = {"shot": 0, "shot_type": "format-prompt", "use_caption": False, "use_ocr": False}
+    return theirs("mathvista/utils").mathvista_doc_to_text(doc, settings)
 
 
 def math_picture(doc: dict) -> list[Image.Image]:
@@ -142,38 +190,40 @@ def math_picture(doc: dict) -> list[Image.Image]:
     return [doc["decoded_image"].convert("RGB")]
 
 
-def bare(said: str, doc: dict) -> str | None:
-    """The answer in a response that is nothing else: a choice, its letter, a number, a list."""
+def bare(answer: str, doc: dict) -> str | None:
+    """An answer that is nothing else than a choice, its letter, a number or a list; else None."""
     if doc["question_type"] == "multi_choice":
-        found = {choice: choice for choice in doc["choices"]}
-        for a, choice in zip("ABCDEFGHIJKLMNOP", doc["choices"], strict=False):
-            found |= dict.fromkeys((a, f"({a})", f"{a}. {choice}", f"({a}) {choice}"), choice)
-        return found.get(said)
-    number = r"-?\d[\d,]*(?:\.\d+)?"
+        choices = {choice: choice for choice in doc["choices"]}
+        for letter, choice in zip("ABCDEFGHIJKLMNOP", doc["choices"], strict=False):
+            spellings = (letter, f"({letter})", f"{letter}. {choice}", f"({letter}) {choice}")
+            choices |= dict.fromkeys(spellings, choice)
+        return choices.get(answer)
     if doc["answer_type"] in ("integer", "float"):
-        return said.replace(",", "") if re.fullmatch(number, said) else None
-    return said if said.startswith("[") else None
+        number = re.fullmatch(r"-?\d[\d,]*(?:\.\d+)?", answer)
+        return answer.replace(",", "") if number else None
+    return answer if answer.startswith("[") else None
 
 
-def math_score(doc: dict, results: list[str]) -> dict:
-    """Right or wrong as lmms-eval compares, and whether there was no bare answer."""
+def math_score(doc: dict, answers: list[str]) -> dict:
+    """Right or wrong as lmms-eval compares, and whether the answer was not bare."""
+    answer = bare(answers[0].strip().rstrip("."), doc)
+    if answer is None:
+        return {"accuracy": 0.0, "not_bare": 1}
     evaluator = theirs("mathvista/utils").mathvista_evaluator
-    keys = (doc["choices"], doc["question_type"], doc["answer_type"], doc["precision"])
-    found = bare(results[0].strip().rstrip("."), doc)
-    told = found is not None and evaluator.normalize_extracted_answer(found, *keys)
-    right = found is not None and evaluator.safe_equal(told, doc["answer"])
-    return {"accuracy": float(right), "not_bare": int(found is None)}
+    kind = (doc["choices"], doc["question_type"], doc["answer_type"], doc["precision"])
+    normal = evaluator.normalize_extracted_answer(answer, *kind)
+    return {"accuracy": float(evaluator.safe_equal(normal, doc["answer"])), "not_bare": 0}
 
 
-# ---- MMMU in the words of May 2024
+# ---- MMMU with the prompt of May 2024
 
 
 def mmmu_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str:
-    """A single line break before how to answer."""
-    how = "Answer with the option letter from the given choices directly."
+    """lmms-eval's prompt, but with a single line break before how to answer."""
+    letter = "Answer with the option letter from the given choices directly."
     word = "Answer the question using a single word or phrase."
-    text = theirs("mmmu/utils").construct_prompt(doc, how, word)
-    return re.sub(rf"\n\n(?=({how}|{word})$)", "\n", text)
+    text = theirs("mmmu/utils").construct_prompt(doc, letter, word)
+    return re.sub(rf"\n\n(?=({letter}|{word})$)", "\n", text)
 
 
 def mmmu_picture(doc: dict) -> list[Image.Image]:
@@ -181,11 +231,11 @@ def mmmu_picture(doc: dict) -> list[Image.Image]:
     return theirs("mmmu/utils").mmmu_doc_to_visual(doc)
 
 
-def mmmu_score(doc: dict, results: list[str]) -> dict:
-    """As lmms-eval reads answers."""
-    return theirs("mmmu/utils").mmmu_process_results(doc, results)
+def mmmu_score(doc: dict, answers: list[str]) -> dict:
+    """The answer as lmms-eval reads it."""
+    return theirs("mmmu/utils").mmmu_process_results(doc, answers)
 
 
-def mmmu_total(found: list) -> float:
-    """The share that is right."""
-    return theirs("mmmu/utils").mmmu_aggregate_results(found)
+def mmmu_total(scored: list) -> float:
+    """The share of right answers."""
+    return theirs("mmmu/utils").mmmu_aggregate_results(scored)
