@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 # What typer raises for a wrong command line: a class of click's, or of typer's own copy of click.
-USAGE_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+USAGE_ERROR = typer.BadParameter.__mro__[2]
 RecipeFile = Annotated[str, Argument(help="A recipe, e.g. recipes/nano.yaml")]
 Overrides = Annotated[list[str] | None, Argument(help="key=value ...")]
 Run = Annotated[Path, Argument(help="A run folder, e.g. runs/nano, or a LlavaOnevision folder")]

@@ -119,7 +119,8 @@ def conv_stem(channels: tuple[int, ...], width: int) -> nn.Sequential:
     glyphs that do not lie on the patch grid several times sooner.
     """
     layers = []
-    for before, after, stride in zip((3, *channels[:-1]), channels, (2, 2, 1), strict=True):
+    inputs = (3, *channels[:-1])
+    for before, after, stride in zip(inputs, channels, (2, 2, 1), strict=True):
         layers += [nn.Conv2d(before, after, 3, stride, padding=1), nn.ReLU()]
     for conv in layers[::2]:
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")

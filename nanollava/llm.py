@@ -155,8 +155,7 @@ def check_folder(name: str) -> None:
     local = name.startswith((".", "/", "~"))
     if local and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(
-            f"llm: {name} has no config.json; expected a model's folder. "
-            "Fix the path, or give a hub id."
+            f"llm: {name} has no config.json. Give a model's folder or a hub id"
         )
 
 
@@ -199,7 +198,5 @@ def load_llm(name: str, weights: str = "published") -> transformers.PreTrainedMo
         return transformers.AutoModelForCausalLM.from_config(**keys).float()
     if llm_config is not config:
         # Its tensors have other names, so transformers would leave the LLM's weights random.
-        raise ValueError(
-            f"llm: {name} is a {config.model_type}, not an LLM alone. Give the LLM in it."
-        )
+        raise ValueError(f"llm: {name} is a {config.model_type}, not an LLM alone. Give its LLM")
     return transformers.AutoModelForCausalLM.from_pretrained(name, **keys, dtype=torch.float32)

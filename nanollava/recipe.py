@@ -314,15 +314,11 @@ def hashed(value: Any) -> Any:
     for f in fields(value):
         inner = getattr(value, f.name)
         new = f.name not in first
-        if f.metadata.get("free") or (new and inner == default_of(f)):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        if f.metadata.get("free") or (new and inner == default):
             continue
         tree[f.name] = hashed(inner)
     return tree
-
-
-def default_of(f: Any) -> Any:
-    """The default value of a dataclass field."""
-    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

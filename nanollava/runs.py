@@ -74,9 +74,11 @@ def rewind_losses(run: Path, stage: str, step: int) -> None:
 
 def add_losses(run: Path, stage: str, step: int, losses: list, lr: float, seconds: float) -> None:
     """Append a step to losses.csv; `losses` are (source, mean loss, supervised tokens)."""
-    rows = [(stage, step, s, f"{x:.6f}", n, f"{lr:.3g}", f"{seconds:.2f}") for s, x, n in losses]
     with (run / "losses.csv").open("a", newline="") as file:
-        csv.writer(file).writerows(rows)
+        writer = csv.writer(file)
+        for source, loss, tokens in losses:
+            texts = f"{loss:.6f}", tokens, f"{lr:.3g}", f"{seconds:.2f}"
+            writer.writerow((stage, step, source, *texts))
 
 
 def log_notes(run: Path, stage: str, notes: Sequence[str]) -> None:
@@ -149,9 +151,9 @@ def finish(run: Path, last_stage: Path) -> None:
 
 def print_stage(name: str, stage: Stage, counts: dict[str, int], steps: int) -> None:
     """Print what a stage trains, and on what; `counts` has 0 parameters for a frozen part."""
-    trained = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
-    frozen = ", ".join(part for part, count in counts.items() if not count)
-    mix = ", ".join(f"{source} x {times:g}" for source, times in stage.mix.items())
-    print(f"\n{name}: trains {trained} parameters; frozen: {frozen or 'nothing'}")
+    print(f"\n{name}: {steps:,} steps of {stage.batch_size} samples")
+    for part, count in counts.items():
+        print(f"  {part}: {count:,} parameters train" if count else f"  {part}: frozen")
+    for source, times in stage.mix.items():
+        print(f"  source {source}: each sample {times:g} times")
     print(f"  lr {stage.lr:g}, vision_lr {stage.vision_lr:g}")
-    print(f"  {steps:,} steps of {stage.batch_size} samples: {mix}")

@@ -16,10 +16,11 @@ from itertools import islice
 from pathlib import Path
 
 from nanollava.extras import readers
-from nanollava.extras.user_files import function_of, import_file
+
+# `import_file` is for a user's file that needs another one by its path.
+from nanollava.extras.user_files import function_of, import_file  # noqa: F401
 from nanollava.recipe import Source
 
-__all__ = ["files_here", "function_of", "images_of", "import_file", "records"]
 KINDS = ("json", "parquet", "webdataset", "pdf")
 
 

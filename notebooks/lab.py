@@ -85,6 +85,12 @@ def say(*words: str) -> int:
     return done.returncode
 
 
+def clock(text: str) -> float:
+    """The blog's times in hours: "6H30M", "11H14M", "7h30min"."""
+    hours, _, minutes = text.lower().partition("h")
+    return int(hours) + int(minutes.rstrip("min") or 0) / 60
+
+
 def hours(name: str, *overrides: str) -> list[dict]:
     """Stage 2 of each row of `recipes/ablations/NAME.yaml`, planned at full scale and not run: its
     hours over those of the first row, packed and as if padded, and the blog's hours over its first.
@@ -98,7 +104,7 @@ def hours(name: str, *overrides: str) -> list[dict]:
                 "row": title,
                 "packed": stage["hours"],
                 "padded": stage["hours"] * (1 + stage["padding"]),
-                "blog": rows_of.clock(rows_of.printed(row)["training_time"]),
+                "blog": clock(rows_of.printed(row)["training_time"]),
             }
         )
     return [

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import plots
+from lab import clock
 from pandas.io.formats.style import Styler
 
 from nanollava.ablations import results, verdicts
@@ -151,7 +152,7 @@ def frontier(
         axes[1].plot(seconds, score, **style)
     blog = [dict(zip([*T4["factors"], *T4["metrics"]], row)) for row in T4["rows"]]
     for (grid, rows), mark in zip(by(blog, "max_grids").items(), "s^Dv"):
-        hours = [rows_of.clock(row["training_time"]) for row in rows]
+        hours = [clock(row["training_time"]) for row in rows]
         score = [np.mean([row[key] for key in ("docvqa", "chartqa", "infovqa")]) for row in rows]
         axes[2].plot(hours, score, mark + "-", mfc="white", color=plots.INK, label=f"blog, {grid}")
     axes[0].set(xlabel="visual tokens a question", ylabel="reading, %", title="nano: tokens")

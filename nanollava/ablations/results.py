@@ -15,22 +15,13 @@ from statistics import fmean
 import numpy as np
 
 from nanollava.ablations import verdicts
-from nanollava.ablations.rows import Row, printed, read_ablation, read_rows
+from nanollava.ablations.rows import BLOG, Row, printed, read_ablation, read_rows
 from nanollava.evaluate import read_lines
 from nanollava.files import repository_file
 
 RECIPES = repository_file("ablations").parent
 PAGE = RECIPES / "RESULTS.md"
 MARK = "<!-- generated below this line -->\n\n"
-STANDS_FOR = {  # a nano task, or a time: the blog's column
-    "nano-doc": "docvqa",
-    "nano-info": "infovqa",
-    "nano-chart": "chartqa",
-    "nano-presence": "pope",
-    "nano-choice": "scienceqa_img",
-    "trained": "training_time",
-    "asked": "total_inference_time",
-}
 
 
 def result_lines(file: Path) -> list[dict]:
@@ -61,7 +52,7 @@ def measured(file: Path) -> dict[str, list[dict]]:
 def blog_score(row: Row, task: str) -> str:
     """ " (58.8)": what the blog prints for a row in the benchmark that a nano task stands for."""
     scores = printed(row)
-    column = STANDS_FOR.get(task, "")
+    column = BLOG["stands_for"].get(task, "")
     # Some of the blog's tables call ScienceQA's column scienceqa, others scienceqa_img.
     score = scores.get(column, scores.get(column.removesuffix("_img")))
     return "" if score is None else f" ({score})"
@@ -121,7 +112,8 @@ def difference(v: verdicts.Verdict, digits: int = 3) -> str:
     """What was measured about a claim, its 95% interval over seeds, and the unit."""
     if not v.seeds:
         return "-"
-    mean, low, high = (f"{v.claim.factor * x:.{digits}g}" for x in (v.mean, v.low, v.high))
+    scaled = [v.claim.factor * x for x in (v.mean, v.low, v.high)]
+    mean, low, high = (f"{x:.{digits}g}" for x in scaled)
     if len(v.seeds) == 1:
         return f"{mean} {v.claim.unit} (one seed)"
     return f"{mean} [{low}, {high}] {v.claim.unit}"

@@ -25,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nanollava.recipe import Recipe, absolute_paths, read_recipe, with_visual
 
-TABLES = json.loads(Path(__file__).with_name("blog.json").read_text())["tables"]
+BLOG = json.loads(Path(__file__).with_name("blog.json").read_text())
+TABLES = BLOG["tables"]
 UNSCORED = {  # metrics that are not scores in 0..1, and the unit of their differences
     "loss": "nats",
     "train": "log of s",
@@ -161,12 +162,6 @@ def blog_row(table: str, index: int) -> dict[str, Any]:
 def printed(row: Row) -> dict[str, Any]:
     """The blog's row that this one repeats, by column; empty if there is none."""
     return {} if row.blog is None else blog_row(row.table, row.blog)
-
-
-def clock(text: str) -> float:
-    """The blog's times in hours: "6H30M", "11H14M", "7h30min"."""
-    hours, _, minutes = text.lower().partition("h")
-    return int(hours) + int(minutes.rstrip("min") or 0) / 60
 
 
 def local(key: str, folder: Path) -> str:

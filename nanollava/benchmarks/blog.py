@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -20,44 +21,6 @@ from rich.table import Table
 from nanollava.ablations.rows import TABLES
 
 STATES = ("judged", "refused", "unreadable", "failed")  # how a question to a judge can end
-# Notes that are printed with a score.
-BARE = "without GPT-4's extraction: only a bare answer can be right"
-OWN = "your images: the blog's are not released"
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the blog's tables."""
-
-    name: str
-    task: str  # of lmms-eval, or of recipes/eval
-    metric: str  # as the task calls it; several are joined by + and added
-    unit: float = 100  # the blog prints the metric times this
-    note: str = ""
-
-
-COLUMNS = (
-    Column("ai2d", "ai2d", "exact_match"),
-    Column("chartqa", "chartqa", "relaxed_overall"),
-    Column("docvqa", "docvqa_val", "anls"),
-    Column("infovqa", "infovqa_val", "anls"),
-    Column("mathvista", "mathvista_testmini_direct", "accuracy", note=BARE),
-    Column("mme", "mme", "mme_perception_score+mme_cognition_score", 100 / 2800),
-    Column("mmmu", "mmmu_val_2024", "mmmu_acc"),
-    Column("scienceqa_img", "scienceqa_img", "exact_match"),
-    Column("okvqa", "ok_vqa_val2014", "exact_match"),
-    Column("pope", "pope", "pope_f1_score"),
-    Column("vizwiz", "vizwiz_vqa_val", "exact_match"),
-    Column("synthdog", "synthdog_en", "tree_edit_distance", 1, "a sum over 500 pages"),
-    Column("ocrbench", "ocrbench", "ocrbench_accuracy"),
-    Column("cmmmu", "cmmmu_val", "cmmmu_acc"),
-    Column("llava_w", "llava_w_2024", "judge_score", 1),
-    Column("video_dc", "video_dc_2024", "judge_score", 20),
-    Column("image_dc_en", "image_dc_own_en", "judge_score", 1, OWN),
-    Column("image_dc_cn", "image_dc_own_cn", "judge_score", 1, OWN),
-)
-BLOG = {column.name: column for column in COLUMNS}
-TASKS = {column.task: column for column in COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -68,14 +31,22 @@ class Judging:
     tokens: int  # that the judge reads per question
 
 
-# A price is a rough estimate: four characters are a token, an answer has 3,000 characters, and an
-# image is 765 tokens at OpenAI's high detail.
-JUDGED = {
-    "llava_w_2024": Judging(60, 1625),  # 3,500 characters and the answer
-    "video_dc_2024": Judging(499, 1375),  # 2,500 characters and the answer
-    "image_dc_own_en": Judging(0, 925 + 765),  # 700 characters, the answer and the image
-    "image_dc_own_cn": Judging(0, 925 + 765),
-}
+@dataclass(frozen=True)
+class Column:
+    """A column of the blog's tables."""
+
+    name: str
+    task: str  # of lmms-eval, or of recipes/eval
+    metric: str  # as the task calls it; several are joined by + and added
+    unit: float = 100  # the blog prints the metric times this
+    note: str = ""  # printed with a score
+    judge: dict[str, int] | None = None  # of a judged task: the fields of Judging
+
+
+COLUMNS = yaml.safe_load(Path(__file__).with_name("columns.yaml").read_text())
+BLOG = {name: Column(name, **fields) for name, fields in COLUMNS.items()}
+TASKS = {column.task: column for column in BLOG.values()}
+JUDGED = {task: Judging(**column.judge) for task, column in TASKS.items() if column.judge}
 VERDICT = 150  # tokens that the judge writes per question, about
 HEADINGS = {"task": "left", "column": "left", "ours": "right", "the blog": "right"}
 

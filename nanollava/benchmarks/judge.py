@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from nanollava.evaluate import add_line, read_lines
+from nanollava.files import add_line, read_lines
 
 PATIENCE = 3  # questions in a row that may fail before no more are asked
 lock = Lock()  # lmms-eval scores in threads

@@ -296,7 +296,9 @@ def plan(recipe: Recipe, device: str = "h200", devices: int = 1, share: float = 
 
 def column(stage: dict) -> dict[str, str]:
     """A stage's plan as the cells of one column of the table."""
-    cells = {"samples": f"{stage['samples']:,}", "steps": f"{stage['steps']:,}"}
+    cells = {}
+    for key in ("samples", "steps"):
+        cells[key] = f"{stage[key]:,}"
     for key in ("views", "positions", "visual", "learned"):
         cells[f"{key} per sample"] = f"{stage[key]:,.1f}"
     cells["longest sample"] = f"{stage['longest']:,}"

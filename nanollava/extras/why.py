@@ -109,7 +109,8 @@ def draw_tiles(views: Tensor, heat: Tensor, lay: Layout) -> Image.Image:
     heat = F.interpolate(heat, (rows * R, columns * R))[0, 0]  # (bR, aR): the canvas
     x, y = lay.offset
     width, height = lay.fitted
-    panel = overlay(stitch(views, lay), heat[y : y + height, x : x + width])
+    visible = heat[y : y + height, x : x + width]  # without the black around the image
+    panel = overlay(stitch(views, lay), visible)
     zoom = panel.height / height
     draw = ImageDraw.Draw(panel)
     for column in range(1, columns):

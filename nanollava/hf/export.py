@@ -32,7 +32,8 @@ def difference(model: VLM, folder: str | Path) -> float:
     theirs, processor = reopen(folder)
     R, text = model.spec.tile, "What is it?"
     noise = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (3 * R // 2, 5 * R // 2, 3), dtype=torch.uint8, generator=noise)
+    size = (3 * R // 2, 5 * R // 2, 3)
+    pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=noise)
     image = Image.fromarray(pixels.numpy())  # (H, W, 3); wider than a tile, so that it has a grid
 
     # 1. The question as transformers writes it, and as we do.
