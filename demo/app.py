@@ -335,7 +335,7 @@ def clear(visit: Visit, *keys) -> tuple:
 def build() -> gr.Blocks:
     """The page."""
     first = next(iter(MODELS.values())).model
-    visual, T = first.recipe.visual, first.row.side**2
+    visual, T = first.recipe.visual, first.spec.side**2
     most = max(max(pair) for pair in parse_grids(visual.max_grid))
     budget = parse_budget(visual.max_visual_tokens, T) // T
     kept = (600, 3600)  # every ten minutes, delete uploads that are an hour old

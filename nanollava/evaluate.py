@@ -127,10 +127,10 @@ def question_scores(result: dict) -> np.ndarray:
     Older lines hold one character per score, which stands for one of 64 steps from 0 to 1.
     """
     scores = result["each"]  # one per question, in the order of the questions
-    if not isinstance(scores, str):
-        return np.array(scores, dtype=float)
-    steps = np.array([DIGITS.index(character) for character in scores]) / 63
-    return steps if len(steps) == result["n"] else steps.reshape(-1, 2)
+    if isinstance(scores, str):
+        scores = [DIGITS.index(character) / 63 for character in scores]
+    values = np.array(scores, dtype=float)
+    return values if len(values) == result["n"] else values.reshape(-1, 2)
 
 
 def ranks() -> tuple[int, int]:

@@ -22,8 +22,11 @@ def test_a_recipe_opens_with_its_command_and_what_the_blog_scored(file):
     assert f"recipes/{file.relative_to(RECIPES)}" in head and "Ours: not run" in head
     assert head.startswith('if __name__ == "__main__": __import__("nanollava").main(__file__); r')
     assert recipe.run == f"runs/{file.stem}"
-    table = next((t for t, rows in ledger.FILES.items() for r in rows if RECIPES / r == file), "T4")
-    rows = ledger.FILES.get(table, ["../recipes/qwen05b.yaml"])
+    table = next(
+        (t for t, rows in ledger.LEDGER["recipes"].items() for r in rows if RECIPES / r == file),
+        "T4",
+    )
+    rows = ledger.LEDGER["recipes"].get(table, ["../recipes/qwen05b.yaml"])
     place = next((i for i, r in enumerate(rows) if RECIPES / r == file), 0)
     content = ledger.TABLES[table]
     names = [*content["factors"], *content["metrics"]]

@@ -30,7 +30,7 @@ PAGES = []  # as served
 
 sys.path.insert(0, str(ROOT / "demo"))
 app = import_file(str(ROOT / "demo/app.py"))
-views = sys.modules["views"]
+views = import_file(str(ROOT / "demo/views.py"))
 
 
 @pytest.fixture(scope="module")

@@ -422,7 +422,7 @@ def test_other_pixels_are_named(key, value, copied):
 
 def test_another_connector_is_named(copied):
     edit(copied.folder, "projector_hidden_act", "silu")
-    with pytest.raises(ValueError, match="connector: 'silu' is unknown; choose from relu, gelu"):
+    with pytest.raises(ValueError, match="connector: 'silu' is unknown. Choose from relu, gelu"):
         load(copied.folder)
 
 
