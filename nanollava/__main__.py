@@ -12,7 +12,8 @@ import typer
 from typer import Argument, Option
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-# What typer raises for a wrong command line: a class of click's, or of typer's own copy of click.
+# What typer raises for a wrong command line: ClickException, of click or of typer's own copy of it.
+# BadParameter inherits from UsageError, and that from ClickException.
 USAGE_ERROR = typer.BadParameter.__mro__[2]
 RecipeFile = Annotated[str, Argument(help="A recipe, e.g. recipes/nano.yaml")]
 Overrides = Annotated[list[str] | None, Argument(help="key=value ...")]
@@ -100,7 +101,7 @@ def plan(
     overrides: Overrides = None,
     device: Annotated[str, Option(help="h200, h100, a100, 4090 or cpu")] = "h200",
     devices: Annotated[int, Option(min=1, help="how many of them")] = 1,
-    share: Annotated[float, Option(help="of the device's peak that is expected")] = 0.4,
+    share: Annotated[float, Option(help="of peak FLOP/s that you expect to reach")] = 0.4,
     as_json: Annotated[bool, Option("--json")] = False,
 ) -> None:
     """Estimate a run's tokens, FLOPs, memory and hours before it starts."""
@@ -122,10 +123,10 @@ def export(run: Path, out: Path) -> None:
 def ablate(
     file: Annotated[Path, Argument(help="Rows, e.g. recipes/ablations/grids.yaml")],
     seeds: Annotated[int, Option(min=1, help="how many")] = 5,
-    first: Annotated[int, Option(min=0, help="the first seed; from 100 on for tuning")] = 0,
+    first: Annotated[int, Option(min=0, help="first seed; 100 and above are for tuning")] = 0,
     only: Annotated[list[str] | None, Option("--only", help="rows; all if none is given")] = None,
     workers: Annotated[int, Option(min=0, help="runs side by side")] = os.cpu_count() or 1,
-    full: Annotated[bool, Option("--full", help="on the real base, one run at a time")] = False,
+    full: Annotated[bool, Option("--full", help="the full-size models, one at a time")] = False,
 ) -> None:
     """Train and score the rows of an ablation; resumes if interrupted."""
     from nanollava.ablations.ablate import ablate as run_rows

@@ -172,6 +172,7 @@ def best_grid(size: Size, tile: int, grids: tuple[Grid, ...]) -> Grid:
     def rank(grid: Grid) -> tuple[int, int]:
         w, h = (edge * tile for edge in grid)
         canvas = w * h
+        # Rounded down, where `fit` rounds up: the released code does both.
         if w * H < h * W:  # the image is wider than the canvas, so it fits by its width
             h = H * w // W
         else:
@@ -259,7 +260,8 @@ def describe(lay: Layout, features: int, glyph: float = 0.0) -> str:
     (a, b), (W, H) = lay.grid, lay.size
     views = f"grid {a}x{b} + base view: {lay.views} views" if a else "base view only: 1 view"
     w, h = lay.fitted if a else (lay.tile, lay.tile)  # a base view is squashed to R x R
-    merged = (lay.crop[1] - lay.crop[0]) / lay.raster[0] if a else 1  # rows pooled into one
+    # Rows pooled into one; a hair-thin image can have none under a mosaic budget.
+    merged = (lay.crop[1] - lay.crop[0]) / max(1, lay.raster[0]) if a else 1
     token = merged * lay.tile / lay.side * H / h  # height of a visual token, in the image's pixels
     known = ""
     if glyph:

@@ -57,7 +57,7 @@ def load(folder: str | Path, device: str = "cpu") -> VLM:
     else:
         recipe = recipe_of(folder)
         state = load_tensors(folder / "model.safetensors")
-    model = VLM(recipe, weights="random")  # loading published weights first would be in vain
+    model = VLM(recipe, weights="random")  # published ones would be overwritten below
     fill(model, state, folder)
     if device.startswith("cuda") and recipe.precision == "auto":
         to_bf16(model.llm)  # once, whereas autocast would convert every weight for every token

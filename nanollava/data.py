@@ -37,7 +37,7 @@ from nanollava.sequence import Document, Writer
 from nanollava.sources import KINDS, files_here, images_of, records
 
 COLUMNS = {"id": "str", "image": "bytes", "sizes": "json", "conversations": "json", "source": "str"}
-CHUNK = 16_384  # records of a source that are written at once: the most that a stop can cost
+CHUNK = 16_384  # records of a source in a chunk: an interruption loses at most this many
 # Each step sees the same samples, however many processes share them.
 ORDER = {"shuffle": True, "num_canonical_nodes": 1}
 # A terminal, a scheduler and a closed connection send them, often to the whole process group.
@@ -222,7 +222,7 @@ class Documents(StreamingDataset):
         sample = super().__getitem__(i)
         try:
             images = [open_image(data) for data in split_images(sample["image"], sample["sizes"])]
-        except ValueError as error:  # `prepare` could read it, so the disk has changed it since
+        except ValueError as error:  # `prepare` could read it: it was damaged on disk later
             place = f"source {sample['source']} has damaged shards at sample {sample['id']}"
             raise ValueError(f"{place}: {error}. Delete their folder and start again") from error
         turns = read_turns(sample["conversations"], len(images))

@@ -59,7 +59,7 @@ def explain_failed_download(what: str, key: str) -> Iterator[None]:
         reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
         raise FileNotFoundError(
             f"{what} cannot be downloaded: {reason}. Look at huggingface.co/{what.split(':')[0]}: "
-            "it may have another name now, or want its terms accepted (then run `hf auth login`). "
+            "it may have a new name, or you must accept its terms (and run `hf auth login`). "
             f"Without a network, give a copy's path as {key}, or set HF_HOME to a cache that has it"
         ) from error
 

@@ -198,5 +198,5 @@ def load_llm(name: str, weights: str = "published") -> transformers.PreTrainedMo
         return transformers.AutoModelForCausalLM.from_config(**keys).float()
     if llm_config is not config:
         # Its tensors have other names, so transformers would leave the LLM's weights random.
-        raise ValueError(f"llm: {name} is a {config.model_type}, not an LLM alone. Give its LLM")
+        raise ValueError(f"llm: {name} is a {config.model_type}, not an LLM alone. Name its LLM")
     return transformers.AutoModelForCausalLM.from_pretrained(name, **keys, dtype=torch.float32)

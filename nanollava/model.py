@@ -29,12 +29,12 @@ TRAIN = {
 
 
 def none_of(x: Tensor) -> Tensor:
-    """No rows of (..., D), as a tensor (0, D) through which gradients of zero flow back.
+    """An empty slice of (..., D), as (0, D), that keeps x in the graph: x gets a gradient of zero.
 
     During the backward pass DDP and FSDP wait on every process for a gradient of every parameter
     that trains. A process whose pack has no image, or no image with tiles, would leave some
-    without one, and the run would hang. So a pack takes part in what it does not need with zero
-    rows of it, which changes no number.
+    without one, and the run would hang. So every pack also runs the parts that it does not need,
+    and takes zero rows of their output, which changes no number.
     """
     return x.flatten(0, -2)[:0]
 

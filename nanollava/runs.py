@@ -127,7 +127,7 @@ def weights_only(run: Path) -> Iterator[None]:
         with forced, safe_globals([timedelta, TorchVersion, *array_types]):
             yield
     except UnpicklingError as error:
-        raise ValueError(f"{run}/checkpoints holds what no run writes. Delete it") from error
+        raise ValueError(f"{run}/checkpoints has objects no run writes. Delete it") from error
 
 
 def gradient_scale() -> float:

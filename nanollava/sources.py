@@ -83,7 +83,7 @@ def images_of(record: dict) -> list[bytes]:
     """
     if "error" in record:
         raise ValueError(record["error"])
-    # The image of a LLaVA record is missing for text, one image, or a list of several.
+    # `image` is missing for records of text only; otherwise it is one image or a list of images.
     image = record.get("image") or []
     images = image if isinstance(image, (list, tuple)) else [image]
     return [image_bytes(image) for image in images]

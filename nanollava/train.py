@@ -45,7 +45,7 @@ from nanollava.sequence import Document, Pack, count_tokens, pack, split
 
 
 def all_reduce(values: Tensor, operation: str) -> Tensor:
-    """The SUM or MAX of a CPU tensor over all processes. NCCL needs it on the GPU meanwhile."""
+    """The SUM or MAX of a CPU tensor over all processes. NCCL reduces only GPU tensors."""
     values = get_device().tensor_to_device(values)
     dist.all_reduce(values, reduce_operation=operation)
     return values.cpu()
@@ -95,7 +95,7 @@ class Clipping(Callback):
     """Step 3: limits the norm of the gradient to 1."""
 
     def __init__(self, grad_scale: float):
-        self.grad_scale = grad_scale  # how many times too large the gradients arrive
+        self.grad_scale = grad_scale  # the factor by which the backend inflates gradients
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         if self.grad_scale != 1:

@@ -154,7 +154,7 @@ def test_a_checkpoint_that_is_code_runs_nothing(whole, tmp_path):
     stop_at(start(whole[0], f"run={run}"), run, ("stage2", 8), signal.SIGTERM)
     latest = run / "checkpoints/stage2-latest-rank0.pt"
     torch.save(torch.load(latest, weights_only=False) | {"more": Trap(trap)}, latest)
-    stops(whole, run, ValueError, "run/checkpoints holds what no run writes. Delete it")
+    stops(whole, run, ValueError, "run/checkpoints has objects no run writes. Delete it")
     assert not trap.exists()
     torch.load(latest, weights_only=False)
     assert trap.exists()  # Composer would have

@@ -453,7 +453,7 @@ def test_a_list_and_its_zip(tmp_path):
         assert record["conversations"] == by_id[record["id"]]["conversations"]
     shards, bad = prepared(tmp_path, f"json:{tmp_path}/blip.json+images.zip")
     assert [r["id"] for r in shards] == [order[0], *order[2:-1]]
-    assert bad[0].startswith("two: several images in a zip or tar: unpack it")
+    assert bad[0].startswith("two: several images in an archive. Unpack the archive")
     assert bad[1] == "lost: image 00453/none.png is in none of images.zip"
 
 

@@ -209,7 +209,7 @@ def word(v: Verdict) -> str:
 
 def judge(measured: Sequence[Verdict]) -> list[Verdict]:
     """All claims of a table: Holm's p over those that are tested against 0, and their words."""
-    # A claim of hardly any difference is not a test: it does not count among the p values.
+    # `at_most` and `within` are decided by their intervals, so Holm's correction leaves them out.
     adjusted = iter(holm([v.p for v in measured if v.claim.holds in TESTED]))
     judged = []
     for v in measured:

@@ -219,7 +219,7 @@ def from_json(kind: str, files: list[Path]) -> Iterator[dict]:
             if not archives or not images:
                 yield record
             elif len(images) > 1:
-                yield record | {"error": "several images in a zip or tar: unpack it and name none"}
+                yield record | {"error": "several images in an archive. Unpack the archive"}
             else:
                 waiting.setdefault(images[0], []).append(record)
     yield from from_archives(archives, waiting)
