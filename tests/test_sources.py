@@ -1141,14 +1141,18 @@ def read_with_few_descriptors(limit, recipe, stage, writer):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_batch_of_256_documents_needs_few_file_descriptors(mixed, tokenizer, workers):
-    """Each tensor that a worker sends takes one; the usual limit is 1,024 for all of a process."""
+    """Each tensor that a worker sends takes one; the usual limit is 1,024 for all of a process.
+
+    256 documents would need 768. The rest of the 600 is for streaming, which opens the shared
+    memory that other runs left behind while it looks for a free name.
+    """
     recipe, *_ = mixed
     prepare_source(recipe, "mix")
     recipe = replace(recipe, workers=workers)
     stage = Stage(sources={"mix": 100}, batch_size=256)
     writer = Writer(tokenizer, recipe.visual, 48, 6, "qwen_1_5")
     job = multiprocessing.get_context("spawn").Process(
-        target=read_with_few_descriptors, args=(128, recipe, stage, writer)
+        target=read_with_few_descriptors, args=(600, recipe, stage, writer)
     )
     job.start()
     job.join(200)
