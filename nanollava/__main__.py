@@ -153,7 +153,9 @@ def recaption(
 def run(arguments: list[str] | None = None) -> None:
     """Run a command. What a user can fix is one line; NANOLLAVA_TRACE=1 shows where it arose."""
     try:
-        app(arguments, prog_name="nanollava", standalone_mode=False)
+        code = app(arguments, prog_name="nanollava", standalone_mode=False)
+        if code:  # of Ctrl-C, which typer turns into an exit
+            sys.exit(code)
     except USAGE_ERROR as error:
         error.show()
         sys.exit(2)

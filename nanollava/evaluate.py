@@ -157,8 +157,8 @@ def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict
         answers = [shares[i % world][i // world] for i in range(len(asked))]
     score, total = METRICS[task.metric]
     references = [reference for _, _, reference in asked]
-    texts = [answer.text for answer in answers]
-    scores = np.array([*map(score, texts, references)], dtype=float)  # (n,) or, for F1, (n, 2)
+    pairs = zip(answers, references, strict=True)
+    scores = np.array([score(answer.text, reference) for answer, reference in pairs], dtype=float)
     low, high = interval(scores, total)
     return {
         "task": name,

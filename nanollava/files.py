@@ -38,9 +38,8 @@ def explain_full_disk(folder: Path, half: str = "") -> Iterator[None]:
         if getattr(error, "errno", 0) != errno.ENOSPC and shutil.disk_usage(folder).free > 2**20:
             raise
         shutil.rmtree(half, ignore_errors=True)  # other programs on this disk need space, too
-        raise OSError(
-            errno.ENOSPC, f"no space left in {folder}. Free some and run it again"
-        ) from error
+        message = f"no space left in {folder}. Free some and run it again"
+        raise OSError(errno.ENOSPC, message) from error
 
 
 @contextmanager
@@ -69,9 +68,8 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except SafetensorError as error:
-        raise ValueError(
-            f"{file} is not a whole safetensors file ({error}); copy it again"
-        ) from error
+        problem = f"{file} is not a whole safetensors file ({error})"
+        raise ValueError(f"{problem}; copy it again") from error
 
 
 def repository_file(name: str) -> Path:

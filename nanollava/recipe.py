@@ -26,8 +26,6 @@ from nanollava.metrics import METRICS
 from nanollava.projector import ACTIVATIONS
 from nanollava.prompts import MASKS, TEMPLATES
 
-LAUNCHER = "if __name__"  # how the first line of a recipe begins
-
 
 def key(
     default: Any = MISSING,
@@ -47,8 +45,8 @@ class Assumed:
     """What `plan` assumes about a source before its shards are written."""
 
     sizes: dict[str, float] = key(dict)  # "640x480" or "none" (text only): share of the samples
-    text: int = key(0, least=0)  # text tokens of a sample
-    learned: int = key(0, least=0)  # how many of them are supervised
+    text: int = key(0)  # text tokens of a sample
+    learned: int = key(0)  # how many of them are supervised
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,8 @@ def read_yaml(path: Path, variants: tuple[Path, ...] = ()) -> DictConfig:
     if not isinstance(tree, DictConfig):
         raise ValueError(f"{path} is not a mapping of keys to values")
     keys = OmegaConf.to_container(tree)
-    keys = {name: value for name, value in keys.items() if not str(name).startswith(LAUNCHER)}
+    # The launcher line is a key, too.
+    keys = {name: value for name, value in keys.items() if not str(name).startswith("if __name__")}
     base = keys.pop("base", None)
     own = OmegaConf.create(absolute_paths(keys, path.parent))
     if not base:

@@ -151,9 +151,9 @@ def finish(run: Path, last_stage: Path) -> None:
 
 def print_stage(name: str, stage: Stage, counts: dict[str, int], steps: int) -> None:
     """Print what a stage trains, and on what; `counts` has 0 parameters for a frozen part."""
-    print(f"\n{name}: {steps:,} steps of {stage.batch_size} samples")
+    lrs = f"lr {stage.lr:g}, vision_lr {stage.vision_lr:g}"
+    print(f"\n{name}: {steps:,} steps of {stage.batch_size} samples, {lrs}")
     for part, count in counts.items():
         print(f"  {part}: {count:,} parameters train" if count else f"  {part}: frozen")
     for source, times in stage.mix.items():
         print(f"  source {source}: each sample {times:g} times")
-    print(f"  lr {stage.lr:g}, vision_lr {stage.vision_lr:g}")

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from nanollava import checkpoint as parts
 from nanollava import files, runs
+from nanollava.__main__ import run as run_command
 from nanollava.data import shard_folder
 from nanollava.recipe import read_recipe
 from nanollava.train import ComposerVLM, Stopping, train
@@ -232,3 +233,32 @@ def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint(capfd):
     assert stop.received == signal.SIGINT and "stopping after this step" in capfd.readouterr().err
     with pytest.raises(KeyboardInterrupt):
         stop.receive(signal.SIGINT, None)
+
+
+def test_a_stop_signal_after_the_last_step_of_a_stage(whole, tmp_path, monkeypatch):
+    """There is no step left that would notice it, and the stage's folder is complete."""
+    run, real = tmp_path / "run", Stopping.close
+
+    def close(self, *args):
+        self.receive(signal.SIGTERM, None)
+        real(self, *args)
+
+    monkeypatch.setattr(Stopping, "close", close)
+    with pytest.raises(SystemExit) as stopped:
+        train(read_recipe(whole[0], [f"run={run}"]))
+    assert stopped.value.code == 143
+    assert (run / "stage1/model.safetensors").exists() and not (run / "stage1_5").exists()
+    monkeypatch.undo()
+    again(whole, run)
+
+
+def test_ctrl_c_is_an_exit_code(monkeypatch):
+    """`composer RECIPE && next` must not go on to the next command."""
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nanollava.recipe.read_recipe", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run_command(["prepare", "recipes/nano.yaml"])
+    assert stopped.value.code == 130

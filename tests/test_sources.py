@@ -136,6 +136,13 @@ def test_two_users_files_and_neighbours_of_one_name(tmp_path):
     assert not {"pages", "fonts", "mine"} & (set(sys.modules) - before)
 
 
+def test_a_link_to_a_users_file_has_the_neighbours_of_the_link(tmp_path):
+    write_files(tmp_path / "real", mine="import pages\ndef f():\n    return pages.TEXT\n")
+    write_files(tmp_path / "mine", pages="TEXT = 'beside the link'\n")
+    (tmp_path / "mine/mine.py").symlink_to(tmp_path / "real/mine.py")
+    assert call(tmp_path / "mine") == "beside the link"
+
+
 NANO_AND_MINE = """
 import sys
 from nanollava.sources import function_of

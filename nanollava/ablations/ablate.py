@@ -34,7 +34,7 @@ from nanollava.encoder import ENCODERS
 from nanollava.evaluate import add_line, evaluate, read_lines
 from nanollava.extras.environment import commit
 from nanollava.extras.plan import plan
-from nanollava.files import write_atomically
+from nanollava.files import PACKAGE, write_atomically
 from nanollava.recipe import Recipe, Task, hashed, read_recipe, run_keys, used_sources
 
 TUNING = 100  # seeds from here on choose settings; their results are not evidence
@@ -194,7 +194,9 @@ def run_name(recipe: Recipe, root: Path) -> str:
 def digest(recipe: Recipe, root: Path, *others: Any) -> str:
     """A short hash of a recipe's keys and of `others`, the same wherever the repository lies."""
     # Local paths in a recipe are absolute, and where the repository lies differs by machine.
-    text = json.dumps([run_keys(recipe), *others], sort_keys=True).replace(str(root), "")
+    text = json.dumps([run_keys(recipe), *others], sort_keys=True)
+    # A project's base may lie in nanollava's own checkout.
+    text = text.replace(str(root), "").replace(str(PACKAGE.parent), "")
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

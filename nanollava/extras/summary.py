@@ -22,13 +22,12 @@ def score(run: Path, tasks: list[str], limit: int, trained: Recipe | None = None
     `trained`: the recipe of the training that has just ended. Its tasks may have been changed
     since the run folder was written.
     """
-    rank, _ = ranks()
     assistant = load(run)
     if trained is not None:
         recipe = replace(assistant.model.recipe, tasks=trained.tasks, settings=trained.settings)
         assistant.model.recipe = recipe
     results = evaluate(assistant, run, tasks, limit)
-    if rank == 0:
+    if ranks()[0] == 0:
         show_scores(results)
         if trained is not None:
             print(f"\nNext: {save_sample(assistant, run)}")

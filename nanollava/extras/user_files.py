@@ -27,9 +27,10 @@ USER_PACKAGE = "nanollava_user_"  # and a hash: the package that stands for a us
 
 def import_file(path: str | Path) -> ModuleType:
     """Import a user's FILE.py, which may import the other files of its folder."""
-    file = Path(path).resolve()
-    if not file.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file. In a recipe, begin local paths with ./")
+    # A link to a file stands where the link is: its neighbours are those of the link.
+    file = Path(path).parent.resolve() / Path(path).name
     package = USER_PACKAGE + hashlib.sha256(str(file.parent).encode()).hexdigest()[:12]
     folder = ModuleType(package)  # empty: a package is a module with a path to look in
     folder.__path__ = [str(file.parent)]
