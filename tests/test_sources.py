@@ -1162,7 +1162,7 @@ def test_a_batch_of_256_documents_needs_few_file_descriptors(mixed, tokenizer, w
         target=read_with_few_descriptors, args=(600, recipe, stage, writer)
     )
     job.start()
-    job.join(200)
+    job.join(400)
     assert job.exitcode == 0
 
 
