@@ -156,4 +156,4 @@ def print_stage(name: str, stage: Stage, counts: dict[str, int], steps: int) -> 
     for part, count in counts.items():
         print(f"  {part}: {count:,} parameters train" if count else f"  {part}: frozen")
     for source, times in stage.mix.items():
-        print(f"  source {source}: each sample {times:g} times")
+        print(f"  source {source} x {times:g}")
