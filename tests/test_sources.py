@@ -333,14 +333,6 @@ def test_our_own_package_stays_ours(tmp_path):
     assert call(tmp_path) is sys.modules["nanollava.sources"]
 
 
-def test_a_link_brings_the_neighbours_of_what_it_points_to(tmp_path):
-    write_files(tmp_path / "a", mine="import near\ndef f():\n    return near.X\n", near="X = 7\n")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "link.py").symlink_to(tmp_path / "a" / "mine.py")
-    assert call(tmp_path / "b", "link") == 7
-    assert import_file(tmp_path / "b" / "link.py") is import_file(tmp_path / "a" / "mine.py")
-
-
 def test_samples_is_a_limit(tmp_path):
     file = tmp_path / "endless.py"
     file.write_text(
@@ -759,9 +751,9 @@ def failing(kind):
     [
         (
             RepositoryNotFoundError,
-            "Look at huggingface.co/datasets/old/name: it may have another name",
+            "Look at huggingface.co/datasets/old/name: it may have a new name",
         ),
-        (GatedRepoError, "want its terms accepted (then run `hf auth login`)"),
+        (GatedRepoError, "you must accept its terms (and run `hf auth login`)"),
     ],
 )
 def test_a_renamed_or_gated_dataset_is_named(tmp_path, monkeypatch, kind, advice):
