@@ -295,7 +295,7 @@ def differences(a: Recipe, b: Recipe) -> list[str]:
 
 def run_keys(recipe: Recipe) -> dict[str, Any]:
     """The keys that make a run, by dotted name; of the sources, those that a stage uses."""
-    used = {name: recipe.sources[name] for name in recipe.sources if name in used_sources(recipe)}
+    used = {name: recipe.sources[name] for name in sorted(used_sources(recipe))}
     return _flatten(hashed(replace(recipe, sources=used)))
 
 
@@ -324,6 +324,6 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
     flat = {}
     for name, value in tree.items():
-        inner = _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else None
-        flat |= {f"{prefix}{name}": value} if inner is None else inner
+        path = f"{prefix}{name}"
+        flat |= _flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
     return flat

@@ -21,7 +21,7 @@ from nanollava.extras import readers
 from nanollava.extras.user_files import function_of, import_file  # noqa: F401
 from nanollava.recipe import Source
 
-KINDS = ("json", "parquet", "webdataset", "pdf")
+KINDS = tuple(readers.READERS)
 
 
 def files_here(path: str) -> list[Path]:
