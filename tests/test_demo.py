@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import nanollava
 from nanollava.generate import Assistant
+from nanollava.model import VLM
 from nanollava.sources import import_file
 
 ROOT = Path(__file__).parents[1]
@@ -201,17 +202,21 @@ def test_two_visitors_at_once_have_conversations_of_their_own(tab):
 
 
 def test_an_answer_can_be_stopped_and_asked_again(tab, monkeypatch):
-    page, whole = tab(), Assistant._next
+    page, read = tab(), VLM.read
     drop(page, PAGE)
     page.wait_for_selector("#sees .tiles img")
-    slow = lambda *a: time.sleep(0.5) or whole(*a)  # noqa: E731
-    monkeypatch.setattr(Assistant, "_next", slow)
+
+    def slowly(*arguments, **keys):
+        time.sleep(0.5)
+        return read(*arguments, **keys)
+
+    monkeypatch.setattr(VLM, "read", slowly)  # each token takes half a second
     page.fill("#question textarea", "Read the text.")
     page.press("#question textarea", "Enter")
     page.wait_for_function("document.querySelector('.answer p')?.innerText.length > 2")
     page.get_by_role("button", name="Stop").click()
     page.wait_for_selector("#conversation .note")
-    monkeypatch.setattr(Assistant, "_next", whole)
+    monkeypatch.setattr(VLM, "read", read)
     (part,) = settled(page)
     time.sleep(2)
     assert settled(page) == [part], "it went on after Stop"
