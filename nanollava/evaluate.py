@@ -158,6 +158,7 @@ def evaluate_task(assistant: Any, name: str, task: Task, visual: Visual) -> dict
     score, total = METRICS[task.metric]
     references = [reference for _, _, reference in asked]
     pairs = zip(answers, references, strict=True)
+    # (n,) or, for F1, (n, 2)
     scores = np.array([score(answer.text, reference) for answer, reference in pairs], dtype=float)
     low, high = interval(scores, total)
     return {

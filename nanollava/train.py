@@ -182,7 +182,7 @@ class Stopping(Callback):
         if dist.get_global_rank() == 0:  # os.write, because print is not safe in a handler
             os.write(2, b"\nstopping after this step, with a checkpoint (Ctrl-C again: stop now)\n")
 
-    def batch_end(self, state: State | None, logger: Logger | None) -> None:
+    def batch_end(self, *_: object) -> None:
         # A signal may have reached one process only, but all have to stop at the same step.
         self.stop = bool(all_reduce(torch.tensor(self.received), "MAX"))
 
@@ -296,7 +296,7 @@ def run_stage(recipe: Recipe, name: str, previous: Path | None) -> Path:
             save(model, folder, state)
         dist.barrier()
     # A signal in or after the last step leaves no checkpoint: the stage's folder is complete.
-    stop.batch_end(None, None)
+    stop.batch_end()
     stop.exit_if_asked()
     return folder
 
