@@ -12,7 +12,7 @@ from streaming import MDSWriter, Stream
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 
-from nanollava.data import ORDER, Documents
+from nanollava.data import ORDER, Documents, alone_on_this_machine
 from nanollava.extras.plan import sketches as sketches_of_plan
 from nanollava.recipe import read_recipe
 from nanollava.sequence import Writer, split
@@ -34,13 +34,14 @@ def samples(request, tmp_path_factory):
     with MDSWriter(out=str(folder), columns={"id": "int"}, size_limit="64kb") as writer:
         for i in range(request.param):
             writer.write({"id": i})
-    dataset = Documents(
-        None,
-        streams=[Stream(local=str(folder))],
-        **ORDER,
-        shuffle_seed=0,
-        batch_size=1,
-    )
+    with alone_on_this_machine():  # other tests open shards at the same time
+        dataset = Documents(
+            None,
+            streams=[Stream(local=str(folder))],
+            **ORDER,
+            shuffle_seed=0,
+            batch_size=1,
+        )
     return dataset, lengths(request.param)
 
 

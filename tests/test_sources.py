@@ -30,7 +30,7 @@ from conftest import tar
 from filelock import FileLock, Timeout
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image
-from streaming import StreamingDataset
+from streaming import LocalDataset
 
 from nanollava import data, files
 from nanollava.data import make_loader, prepare, prepare_source, shard_folder, split_images
@@ -65,7 +65,7 @@ def test_the_documented_own_source_works(tmp_path):
         assert tuple(pixel) == named, "the answer is true"
     recipe = Recipe(data=str(tmp_path), sources={"own": Source(f"{OWN}:squares", samples=7)})
     folder = prepare_source(recipe, "own")
-    assert len(StreamingDataset(local=str(folder), batch_size=1)) == 7
+    assert len(LocalDataset(local=str(folder))) == 7
     assert not (folder / "bad.json").exists()
 
 
@@ -421,7 +421,7 @@ def prepared(tmp_path, path, **keys):
     recipe = Recipe(data=str(tmp_path / "shards"), sources={"a": Source(path, **keys)})
     folder = prepare_source(recipe, "a")
     bad = folder / "bad.json"
-    rows = list(StreamingDataset(local=str(folder), batch_size=1))
+    rows = list(LocalDataset(local=str(folder)))
     return rows, json.loads(bad.read_text()) if bad.exists() else []
 
 
@@ -891,7 +891,7 @@ def test_shards_give_back_what_went_in(mixed, capsys):
     """Text-only, one image, two images: the same bytes, the same words; the bad ones named."""
     recipe, good, wide = mixed
     folder = prepare_source(recipe, "mix")
-    rows = {r["id"]: r for r in StreamingDataset(local=str(folder), batch_size=1)}
+    rows = {r["id"]: r for r in LocalDataset(local=str(folder))}
     assert set(rows) == {"one", "two", "text"}
     images = {k: split_images(r["image"], r["sizes"]) for k, r in rows.items()}
     assert images == {"one": [good], "two": [wide, good], "text": []}
@@ -943,7 +943,7 @@ def f(split, count, seed):
 
 
 def ids(folder):
-    return [r["id"] for r in StreamingDataset(local=str(folder), batch_size=1)]
+    return [r["id"] for r in LocalDataset(local=str(folder))]
 
 
 @pytest.mark.parametrize("stop", [0, 7, 8, 29])
