@@ -115,7 +115,7 @@ def check_equal_runs(one: Path, two: Path) -> None:
 
 def stop_at(process, run, moment, signal_number) -> str:
     """Send a signal to the whole launch once (stage, step) has been logged."""
-    for _ in range(1200):
+    for _ in range(4800):  # four minutes, on a busy machine
         if (run / "losses.csv").exists() and moment in losses(run):
             os.killpg(process.pid, signal_number)
             return process.communicate(timeout=120)[0]
