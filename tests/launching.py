@@ -119,5 +119,7 @@ def stop_at(process, run, moment, signal_number) -> str:
         if (run / "losses.csv").exists() and moment in losses(run):
             os.killpg(process.pid, signal_number)
             return process.communicate(timeout=120)[0]
+        if process.poll() is not None:  # it ended before that step: what it printed says why
+            break
         time.sleep(0.05)
     raise AssertionError(process.communicate(timeout=10)[0])
